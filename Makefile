@@ -1,0 +1,49 @@
+# Needs python3 (3.10 or later) and make; everything else is installed into .venv, once, and again when pyproject.toml changes.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+# torch is installed first, by itself and pinned: left to the dependency list, pip takes the newest build of PyPI, which on Linux
+# brings gigabytes of CUDA packages. Where no NVIDIA driver is seen, PyTorch's index of CPU builds (a tenth of the size) is searched
+# too; a build marked +cpu wins over a plain one. Its dependencies come with ours, so that this index is asked for torch only.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= $(shell [ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+
+BIN := .venv/bin
+READY := .venv/ready
+# One thread a process: the tests are small, and two processes of one thread each beat one of two.
+SINGLE := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check style bench
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
+
+demo: $(READY)  ## train a 4-bit network on handwritten digits (about a minute), results in runs/demo
+	@$(BIN)/bitorch-engine train --data digits --w-bit 4 --out runs/demo --overwrite
+
+test: $(READY)  ## run the tests; ARGS="-k packing" narrows them, WORKERS=8 uses more cores
+	@$(SINGLE) $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+check: $(READY)  ## lint, formatting and types, changing nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+style: $(READY)  ## format, and fix what the linter can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY)  ## run the benchmarks; ARGS goes to them
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+$(READY): export PIP_DISABLE_PIP_VERSION_CHECK := 1
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else f"python3 is {v}, 3.10 or later is needed: make PYTHON=python3.12")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "Installing $(TORCH) (a large download the first time)"
+	@$(BIN)/python -m pip install -qq --no-deps $(TORCH) $(TORCH_INDEX)
+	@echo "Installing bitorch_engine and its tools"
+	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@touch $@
