@@ -1,0 +1,66 @@
+"""Which modules can be converted, and how one of them is: in place, by giving the object its low-bit class."""
+
+from torch import nn
+
+from bitorch_engine.layers.qconv.nbit import (
+    nBitConv1d,
+    nBitConv2d,
+    nBitConv3d,
+    nBitConvTranspose1d,
+    nBitConvTranspose2d,
+    nBitConvTranspose3d,
+)
+from bitorch_engine.layers.qconv.nbit.layer import nBitConv
+from bitorch_engine.parameters import PackedParameter
+
+LOW_BIT: dict[type[nn.Module], type[nBitConv]] = {
+    nn.Conv1d: nBitConv1d,
+    nn.Conv2d: nBitConv2d,
+    nn.Conv3d: nBitConv3d,
+    nn.ConvTranspose1d: nBitConvTranspose1d,
+    nn.ConvTranspose2d: nBitConvTranspose2d,
+    nn.ConvTranspose3d: nBitConvTranspose3d,
+}
+"""The low-bit class of every module type that has one."""
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module cannot be converted, or None where it can."""
+    if isinstance(module, nBitConv):
+        return "is low-bit already"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "is parametrized (torch.nn.utils.parametrize.remove_parametrizations undoes that)"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "is lazy and has no weight yet (run one batch first)"
+    if type(module) not in LOW_BIT:
+        family = next((base.__name__ for base in LOW_BIT if isinstance(module, base)), None)
+        return f"is a subclass of {family} with its own code" if family else "is not a convolution"
+    weight = module.weight
+    if isinstance(weight, PackedParameter):
+        return "holds a packed weight already"
+    if "weight" not in module._parameters:
+        return "has a weight that is computed, not a parameter (weight_norm or spectral_norm)"
+    if not weight.is_floating_point():  # type: ignore[operator]
+        return f"has a weight of {weight.dtype}"
+    return None
+
+
+def convert_layer_(
+    module: nn.Module, w_bit: int = 4, a_bit: int | None = None, g_bit: int | None = None, *, learn_scale: bool = False
+) -> None:
+    """Turn one torch.nn convolution into its low-bit layer, in place: it stays the same object.
+
+    Weights are quantized; bias, hooks, training mode and whoever refers to the module are as before. Make optimizers
+    afterwards: the weight is a new parameter. Raises TypeError for a module that has no low-bit layer.
+    """
+    reason = why_not(module)
+    if reason is not None:
+        raise TypeError(f"{type(module).__name__} cannot be converted: it {reason}.")
+    low_bit = LOW_BIT[type(module)]
+    float_class = type(module)
+    module.__class__ = low_bit
+    try:
+        module.quantize_(w_bit, a_bit, g_bit, learn_scale=learn_scale)  # type: ignore[operator]
+    except Exception:
+        module.__class__ = float_class
+        raise

@@ -1,0 +1,1 @@
+"""Layers with weights of 1 to 8 bits."""

@@ -1,0 +1,1 @@
+"""Convolutions with weights of 1 to 8 bits."""

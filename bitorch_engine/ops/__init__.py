@@ -1,0 +1,26 @@
+"""What can be computed on codes. Every op is defined by its plain-PyTorch reference."""
+
+from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
+from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
+from bitorch_engine.ops.reference.moments import moment_fits, new_moment
+from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
+from bitorch_engine.ops.reference.update import SLICE, add_, direction_, level_rate, tree_sum, update_
+
+__all__ = [
+    "SLICE",
+    "Convolution",
+    "add_",
+    "direction_",
+    "dither_levels",
+    "level_rate",
+    "load_levels",
+    "moment_fits",
+    "multiply_exact",
+    "new_moment",
+    "noise_bits",
+    "noise_key",
+    "store_levels_",
+    "tree_sum",
+    "uniform24",
+    "update_",
+]

@@ -1,0 +1,1 @@
+"""The definition of every op in plain PyTorch: readable, exact, on any device."""

@@ -1,0 +1,59 @@
+"""Convolution of integers, exact: forward and both gradients, for every geometry that torch.nn's layers have."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Convolution(NamedTuple):
+    """The geometry of a convolution of any rank, transposed or not, and its three products.
+
+    Inputs are batched, (N, C, *spatial). stride, padding, dilation, output_padding: one int a spatial dimension.
+    The products are bilinear: what type the operands have, integer values or real ones, is the caller's choice.
+    """
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(N, C_out, *out)"""
+        return torch.ops.aten.convolution.default(x, weight, None, *self._arguments())
+
+    def grad_input(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient of an input of that shape. grad: (N, C_out, *out)."""
+        x = grad.new_empty(1).expand(shape)  # only its shape is used
+        return self._backward(grad, x, weight, [True, False, False])[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient of a weight of that shape."""
+        weight = grad.new_empty(1).expand(shape)  # only its shape is used
+        return self._backward(grad, x, weight, [False, True, False])[1]
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward.default(grad, x, weight, None, *self._arguments(), mask)
+
+    def _arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        return (
+            list(self.stride),
+            list(self.padding),
+            list(self.dilation),
+            self.transposed,
+            list(self.output_padding),
+            self.groups,
+        )
+
+
+def multiply_exact(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, bound: int) -> Tensor:
+    """``product(a, b)`` of integer-valued operands, exact, as float32 or float64.
+
+    bound: no sum of products exceeds it. Float32 holds every integer up to 2**24, and float64 up to 2**53, so that
+    with the right one of them no addition rounds, in whatever order it is done.
+    """
+    dtype = torch.float32 if bound <= 1 << 24 else torch.float64
+    return product(a.to(dtype), b.to(dtype))

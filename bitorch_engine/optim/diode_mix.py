@@ -1,0 +1,193 @@
+"""The optimizer for models that mix packed and float parameters."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.utils.hooks import RemovableHandle
+
+from bitorch_engine import ops
+from bitorch_engine.optim.galore_projector import GaLoreProjector
+from bitorch_engine.parameters import PackedParameter
+from bitorch_engine.parameters.step import check_finite, step_, step_float_
+
+_MOMENT_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "8bit": torch.uint8,
+    "channel": torch.float32,
+}
+
+
+class DiodeMix(torch.optim.Optimizer):
+    """AdamW that steps packed weights in their codes, and all other parameters as AdamW does.
+
+    lr: in units of the weight, for both kinds; a learning rate that suits AdamW in float carries over.
+    betas, eps, weight_decay, correct_bias: Adam's; decay is decoupled, and for packed weights it acts on the scale.
+    dtype: what packed steps are computed in, float32 or float64.
+    memory: how the moments of packed weights are stored; bytes a weight with codes and residual (1 byte) included:
+
+        "fp32" 9     "bf16" or "fp16" 5     "8bit" 3.06, the default     "channel" about 1.02
+
+        "channel" has no first moment, and one second moment an output channel: the least memory. It is not for a
+        constant learning rate: anneal it to 0. Moments of float parameters are float32.
+
+    Group keys ``rank, update_proj_gap, scale, proj_type`` switch on GaLore for the group: parameters of two or more
+    dimensions are stepped in a gradient of low rank. Every key can be set for a group.
+    Defaults differ from bitorch-engine's (lr 1e-4, betas (0.99, 0.9999)), which need ten thousands of steps.
+
+    A step with a NaN or Inf gradient in any parameter raises ValueError, and nothing has changed.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        *,
+        memory: str = "8bit",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "dtype": dtype,
+            "memory": memory,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for _, p in work:
+            check_finite(p.grad)
+        for group, p in work:
+            self._step_one(group, p)
+        return loss
+
+    def step_in_backward(self) -> list[RemovableHandle]:
+        """From now on every parameter steps as soon as backward has its gradient, which is freed at once.
+
+        Gradients of one layer at a time exist then. ``step()`` finds nothing left to do. Not for gradient accumulation,
+        clipping by the norm of all gradients, GradScaler, or several ranks, which all need the gradients together; and
+        a gradient that is not finite raises when the layers after it have stepped already. Learning rates are those at
+        the time of backward. Returns handles whose ``remove()`` ends it.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise NotImplementedError("step_in_backward steps before gradients are averaged over ranks; use step().")
+
+        def hook_for(group: dict[str, Any]) -> Callable[[Tensor], None]:
+            def hook(p: Tensor) -> None:
+                if p.grad is None:
+                    return
+                check_finite(p.grad)
+                self._step_one(group, p)
+                p.grad = None
+
+            return hook
+
+        return [
+            p.register_post_accumulate_grad_hook(hook_for(group))
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+
+    def _step_one(self, group: dict[str, Any], p: Tensor) -> None:
+        """Ask one parameter to step itself. Its gradient has been seen to be finite."""
+        grad = p.grad
+        if grad is None:
+            return
+        packed = isinstance(p, PackedParameter)
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())
+            if "rank" in group and p.dim() >= 2:
+                state["projector"] = GaLoreProjector(group["rank"], **_galore_options(group))
+        projector = state.get("projector")
+        if projector is not None:
+            rows = p.to_rows(grad) if isinstance(p, PackedParameter) else grad.flatten(1)
+            grad = projector.project(rows, int(state["step"]))
+        if "exp_avg_s" not in state:
+            state |= _new_moments(p, grad, group["memory"] if packed else "fp32")
+        settings = {
+            "lr": float(group["lr"]),
+            "weight_decay": group["weight_decay"],
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "correct_bias": group["correct_bias"],
+            "projector": projector,
+            "grad": grad,
+        }
+        moments = state["exp_avg_s"], state.get("exp_avg_l"), state["step"]
+        if isinstance(p, PackedParameter):
+            step_(p, *moments, dtype=group["dtype"], finite=True, **settings)
+        else:
+            step_float_(p, *moments, **settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only: a projector stands as its own state_dict."""
+        state_dict = super().state_dict()
+        state_dict["state"] = {
+            index: {k: v.state_dict() if isinstance(v, GaLoreProjector) else v for k, v in state.items()}
+            for index, state in state_dict["state"].items()
+        }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a ``state_dict`` back, bit for bit."""
+        super().load_state_dict(state_dict)
+        # torch casts every state tensor to the dtype of its parameter; moments keep their own.
+        indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        groups = chain.from_iterable([group] * len(group["params"]) for group in self.param_groups)
+        for index, p, group in zip(indices, params, groups, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if key == "projector":
+                    self.state[p][key] = GaLoreProjector(group["rank"], **_galore_options(group))
+                    self.state[p][key].load_state_dict(value)
+                elif isinstance(value, Tensor):
+                    self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
+
+
+def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:
+    dtype = _MOMENT_DTYPES[memory]
+    if memory == "channel" and isinstance(p, PackedParameter):
+        return {"exp_avg_s": torch.zeros_like(p.scale, dtype=dtype)}
+    return {name: ops.new_moment(grad.shape, dtype, grad.device) for name in ("exp_avg_s", "exp_avg_l")}
+
+
+def _galore_options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("update_proj_gap", "scale", "proj_type") if key in group}
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    (beta1, beta2), memory = group["betas"], group["memory"]
+    for name in ("lr", "eps", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {group[name]}.")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas must be at least 0 and below 1, got {(beta1, beta2)}.")
+    if memory not in _MOMENT_DTYPES:
+        raise ValueError(f"memory must be one of {', '.join(_MOMENT_DTYPES)}, got {memory!r}.")
+    if memory == "channel" and "rank" in group:
+        raise ValueError("memory='channel' needs the gradient of every channel and cannot go with GaLore's rank.")

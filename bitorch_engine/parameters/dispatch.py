@@ -1,0 +1,158 @@
+"""What torch's operators do when a packed parameter is among their arguments.
+
+A handful have a handler in the table below. In-place operators (those of every optimizer) read the weight with its
+residual, compute in float and write the difference back. All others see the dequantized tensor: correct first.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from bitorch_engine.parameters.packed import PackedParameter
+
+aten = torch.ops.aten
+_HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one operator of which at least one argument is a ``packed_type``."""
+    handler = _HANDLERS.get(func)
+    if handler is not None and isinstance(args[0], packed_type):
+        return handler(func, *args, **kwargs)
+    if func._schema.is_mutable:
+        return _mutate(packed_type, func, args, kwargs)
+    args, kwargs = _dequantize((args, kwargs), packed_type)
+    return func(*args, **kwargs)
+
+
+def _handles(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        _HANDLERS.update(dict.fromkeys(operators, handler))
+        return handler
+
+    return register
+
+
+@_handles(aten.detach.default, aten.alias.default)
+def _share(func: Any, x: "PackedParameter") -> Any:
+    return return_and_correct_aliasing(func, (x,), {}, x._with(x._inner()))
+
+
+@_handles(aten.clone.default)
+def _clone(func: Any, x: "PackedParameter", *, memory_format: Any = None) -> Any:
+    return x._with({name: None if t is None else t.clone() for name, t in x._inner().items()})
+
+
+@_handles(aten._to_copy.default)
+def _to_copy(
+    func: Any,
+    x: "PackedParameter",
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    layout: Any = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
+) -> Any:
+    """Moves the inner tensors; a new dtype is how the weight looks from now on, its codes and scale stay."""
+    if dtype is not None and not dtype.is_floating_point:
+        return x.dequantize().to(dtype=dtype, device=device)
+    inner = {
+        name: None if t is None else t.to(device=device, non_blocking=non_blocking, copy=True)
+        for name, t in x._inner().items()
+    }
+    return x._with(inner, dtype)
+
+
+@_handles(aten.empty_like.default)
+def _empty_like(
+    func: Any, x: "PackedParameter", *, dtype: torch.dtype | None = None, device: Any = None, **ignored: Any
+) -> Any:
+    return x._with({n: None if t is None else torch.empty_like(t, device=device) for n, t in x._inner().items()}, dtype)
+
+
+@_handles(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+)
+def _float_like(func: Any, x: "PackedParameter", *args: Any, **kwargs: Any) -> Tensor:
+    """Plain float tensors, for optimizer state, made without dequantizing."""
+    return func(torch.empty(x.shape, dtype=x.dtype, device=x.device), *args, **kwargs)
+
+
+@_handles(aten.copy_.default)
+def _copy_(func: Any, x: "PackedParameter", source: Tensor, non_blocking: bool = False) -> "PackedParameter":
+    if not hasattr(source, "channel_scale"):
+        x.write_(source.expand(x.shape))
+    elif source is not x:
+        x._adopt_(source)  # type: ignore[arg-type]
+    return x
+
+
+@_handles(
+    aten.normal_.default,
+    aten.uniform_.default,
+    aten.log_normal_.default,
+    aten.exponential_.default,
+    aten.cauchy_.default,
+)
+def _randomize_(func: Any, x: "PackedParameter", *args: Any, **kwargs: Any) -> "PackedParameter":
+    """New values, so a new scale too: what torch.nn.init does to a weight."""
+    values = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return x.quantize_(func(values, *args, **kwargs))
+
+
+def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator that writes. Only the first argument may be packed and written; it is then updated in place."""
+    schema = func._schema
+    written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    in_lists = any(
+        isinstance(args[i], (list, tuple)) and any(isinstance(t, packed_type) for t in args[i])
+        for i in written
+        if i < len(args)
+    )
+    if in_lists:
+        if func.namespace == "c10d" and "broadcast_" in schema.name:
+            return _broadcast(packed_type, func, args, kwargs)
+        raise NotImplementedError(
+            f"{func} writes lists of tensors and is not supported for packed weights; for an optimizer, pass "
+            "foreach=False and fused=False, or use bitorch_engine.optim.DiodeMix."
+        )
+    if not any(isinstance(args[i], packed_type) for i in written if i < len(args)):
+        if any(isinstance(value, packed_type) for value in (kwargs.get("out"),)):
+            raise NotImplementedError(f"out= cannot be a packed weight (in {func}); use its copy_ instead.")
+        args, kwargs = _dequantize((args, kwargs), packed_type)
+        return func(*args, **kwargs)
+    if written != [0]:
+        raise NotImplementedError(f"{func} is not supported for packed weights; work on weight.dequantize().")
+    x = args[0]
+    values = x.from_rows(x.level_values())
+    rest, kwargs = _dequantize((args[1:], kwargs), packed_type)
+    x.write_(func(values, *rest, **kwargs))
+    return x
+
+
+def _broadcast(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch.distributed.broadcast of a packed weight: what it stores is sent, so that all ranks hold the same bits."""
+    (tensor,) = args[0]
+    tensor.require_residual_()
+    tensor.noise_seed = None
+    result = None
+    for inner in tensor._inner().values():
+        if inner is not None and inner.numel():
+            _, result = func([inner], *args[1:], **kwargs)
+            result.wait()
+    return [tensor], result
+
+
+def _dequantize(tree: Any, packed_type: type["PackedParameter"]) -> Any:
+    return tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, packed_type) else leaf, tree)

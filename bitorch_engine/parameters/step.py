@@ -1,0 +1,237 @@
+"""One optimizer step: checks first, then the move. Shared by packed and by float parameters."""
+
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitorch_engine import ops
+
+if TYPE_CHECKING:
+    from bitorch_engine.parameters.packed import PackedParameter
+
+_SCALE_BETAS = (0.9, 0.999)
+"""Adam's betas for a learned scale: it is one number a channel, and its gradient a sum over many weights."""
+
+
+class Projector(Protocol):
+    """What ``update`` needs of a gradient projector."""
+
+    def project(self, grad: Tensor, iter: int) -> Tensor: ...
+
+    def project_back(self, low_rank_grad: Tensor) -> Tensor: ...
+
+
+def step_(
+    weight: "PackedParameter",
+    exp_avg_s: Tensor | None,
+    exp_avg_l: Tensor | None,
+    step: Tensor | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    dtype: torch.dtype,
+    correct_bias: bool | None,
+    projector: Projector | None,
+    grad: Tensor | None,
+    finite: bool = False,
+) -> None:
+    """What ``PackedParameter.update`` documents. finite: the caller has seen that the gradient is."""
+    _check_settings(lr, weight_decay, betas, eps, dtype, step, correct_bias)
+    grad = _gradient(weight, grad, projector, step)
+    _check_moments(weight, grad, exp_avg_s, exp_avg_l, projected=projector is not None)
+    full_grad = grad if projector is None else weight.grad
+    if weight.learn_scale and full_grad is None:
+        raise ValueError("a learned scale needs the full gradient besides the projected one: set qweight.grad.")
+    if not finite:
+        check_finite(grad)
+
+    with torch.no_grad():
+        residual = weight.require_residual_()
+        count = advance_(step) if step is not None else 0
+        weight.noise_step += 1
+        corrected = step is not None and (correct_bias is None or correct_bias)
+        settings: dict[str, Any] = {
+            "beta1": betas[0],
+            "beta2": betas[1],
+            "eps": eps,
+            "correction1": 1 - betas[0] ** count if corrected else 1.0,
+            "correction2": 1 - betas[1] ** count if corrected else 1.0,
+            "grad_factor": _grad_factor(weight, grad, exp_avg_s, exp_avg_l),
+            "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
+            "key": weight.noise_key(weight.noise_step),
+        }
+        scale = weight.channel_scale
+        factor = None
+        if weight.learn_scale and full_grad is not None:
+            factor = _scale_factor_(weight, weight.to_rows(full_grad.reshape(weight.shape)), lr, count)
+        if projector is None:
+            rows = weight.to_rows(grad)
+            ops.update_(
+                weight.packed, residual, scale, rows, exp_avg_s, exp_avg_l, bits=weight.w_bit, lr=lr, **settings
+            )
+        else:
+            direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
+            delta = direction.reshape(scale.numel(), -1) * -lr
+            ops.add_(weight.packed, residual, scale, delta, bits=weight.w_bit, key=settings["key"])
+        if factor is not None:
+            scale.mul_(factor)
+        if weight_decay:
+            # The floor: where the scale is down to lr, one step already moves a whole code.
+            scale.copy_(torch.maximum(scale * (1 - lr * weight_decay), scale.clamp_max(lr)))
+    torch.autograd.graph.increment_version(weight)
+
+
+def step_float_(
+    weight: Tensor,
+    exp_avg_s: Tensor,
+    exp_avg_l: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    correct_bias: bool,
+    projector: Projector | None,
+    grad: Tensor,
+) -> None:
+    """AdamW for a parameter that is not packed (Loshchilov & Hutter 2019, arXiv:1711.05101), in place."""
+    with torch.no_grad():
+        count = advance_(step)
+        wide = grad.to(exp_avg_l.dtype)
+        exp_avg_l.mul_(betas[0]).add_(wide, alpha=1 - betas[0])
+        exp_avg_s.mul_(betas[1]).addcmul_(wide, wide, value=1 - betas[1])
+        correction1, correction2 = (1 - betas[0] ** count, 1 - betas[1] ** count) if correct_bias else (1.0, 1.0)
+        direction = (exp_avg_l / correction1) / ((exp_avg_s / correction2).sqrt_() + eps)
+        if projector is not None:
+            direction = projector.project_back(direction)
+        weight.mul_(1 - lr * weight_decay).add_(direction.view_as(weight).to(weight.dtype), alpha=-lr)
+
+
+def check_finite(grad: Tensor) -> None:
+    """Raise ValueError where a gradient has a NaN or Inf entry. No temporary of its size is made."""
+    if grad.numel():
+        low, high = torch.aminmax(grad.detach())
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(
+                "the gradient has NaN or Inf entries; no weight and no state was changed. Lower the learning rate, or "
+                "skip such steps (torch.amp.GradScaler does)."
+            )
+
+
+def advance_(step: Tensor) -> int:
+    """Add one to a step counter, in place, and return it."""
+    step.add_(1)
+    return int(step.item())
+
+
+def _check_settings(
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    dtype: torch.dtype,
+    step: Tensor | None,
+    correct_bias: bool | None,
+) -> None:
+    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+        if not (float(value) >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+    for name, value in {"beta1": betas[0], "beta2": betas[1]}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point type, got {dtype}.")
+    if step is not None and (not isinstance(step, Tensor) or step.numel() != 1):
+        raise TypeError("step must be a tensor with one element (it is counted up in place), or None.")
+    if correct_bias and step is None:
+        raise ValueError("correct_bias=True needs step, a one-element counter tensor.")
+
+
+def _gradient(
+    weight: "PackedParameter", grad: Tensor | None, projector: Projector | None, step: Tensor | None
+) -> Tensor:
+    if grad is None:
+        grad = weight.grad
+        if grad is None:
+            raise ValueError("there is no gradient: pass grad, or call backward() first.")
+        if projector is not None:
+            if step is None:
+                raise ValueError("a projector that projects qweight.grad needs step, which times its refreshes.")
+            check_finite(grad)
+            return projector.project(weight.to_rows(grad), int(step.item()))
+    if not isinstance(grad, Tensor) or not grad.is_floating_point() or grad.is_sparse:
+        raise TypeError(
+            f"grad must be a dense floating point tensor, got {getattr(grad, 'dtype', type(grad).__name__)}."
+        )
+    if projector is None and grad.shape != weight.shape:
+        raise ValueError(f"grad must have the weight's shape {tuple(weight.shape)}, got {tuple(grad.shape)}.")
+    if grad.device != weight.device:
+        raise ValueError(f"grad must be on the weight's device {weight.device}, got {grad.device}.")
+    return grad
+
+
+def _check_moments(
+    weight: "PackedParameter", grad: Tensor, exp_avg_s: Tensor | None, exp_avg_l: Tensor | None, *, projected: bool
+) -> None:
+    for name, moment in {"exp_avg_s": exp_avg_s, "exp_avg_l": exp_avg_l}.items():
+        if moment is None:
+            continue
+        if moment.dtype not in _MOMENT_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or uint8 (8-bit blocks), got {moment.dtype}.")
+        if moment.device != grad.device:
+            raise ValueError(f"{name} must be on the gradient's device {grad.device}, got {moment.device}.")
+        if not moment.is_contiguous():
+            raise ValueError(f"{name} must be contiguous: it is written in place.")
+        per_channel = (
+            name == "exp_avg_s"
+            and not projected
+            and moment.dtype == torch.float32
+            and moment.numel() == weight.channel_scale.numel()
+        )
+        if not (ops.moment_fits(moment, grad.shape) or per_channel):
+            raise ValueError(
+                f"{name} must have the gradient's shape {tuple(grad.shape)} (for 8 bits: ops.new_moment), got "
+                f"{tuple(moment.shape)}."
+            )
+
+
+_MOMENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+
+def _grad_factor(weight: "PackedParameter", grad: Tensor, *moments: Tensor | None) -> float:
+    """The power of two that brings the gradient of the first step to a root mean square near 1, for float16 moments.
+
+    float16 holds nothing below 6e-8, which is the square of a gradient of 2.4e-4. Adam's direction does not depend on
+    the factor as long as it stays the same (eps is multiplied too), so the parameter keeps its exponent.
+    """
+    if not any(moment is not None and moment.dtype == torch.float16 for moment in moments):
+        return 1.0
+    if weight.grad_exponent is None:
+        rms = float(torch.linalg.vector_norm(grad.to(torch.float32))) / math.sqrt(grad.numel())
+        if not rms > 0:
+            return 1.0
+        weight.grad_exponent = -round(math.log2(rms))
+    return 2.0**weight.grad_exponent
+
+
+def _scale_factor_(weight: "PackedParameter", grad_rows: Tensor, lr: float, count: int) -> Tensor:
+    """Advance the moments of a learned scale and return what to multiply it by: (R,), near 1.
+
+    The gradient of a scale is the sum over its channel of gradient * code. The step is multiplicative, at the weights'
+    rate: Adam's absolute step would be too coarse for a scale of 0.01.
+    """
+    rows = weight.to_rows(weight.codes)
+    grad = ops.tree_sum(grad_rows.to(torch.float32) * rows)
+    if weight.scale_moments is None:
+        weight.scale_moments = torch.zeros(2, grad.numel(), device=grad.device)
+    (m, v), (beta1, beta2) = weight.scale_moments, _SCALE_BETAS
+    m.copy_(m * beta1 + grad * (1 - beta1))
+    v.copy_(v * beta2 + grad * grad * (1 - beta2))
+    count = max(count, 1)
+    direction = (m * (1 / (1 - beta1**count))) / ((v * (1 / (1 - beta2**count))).sqrt() + 1e-12)
+    return (1 - lr * direction).clamp(0.5, 2.0)

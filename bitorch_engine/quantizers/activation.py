@@ -1,0 +1,117 @@
+"""How activations become codes of 1 to 8 bits with a learned scale, and what of them backward keeps.
+
+Learned step size quantization (Esser et al. 2020, arXiv:1902.08153). An activation x is stored as an unsigned index,
+
+    index = clamp(round(x / scale), low, high) - low            value = (index + low) * scale
+
+where low is 0 after a ReLU and -2**(bits-1) otherwise. At 1 bit the codes are -1 and +1 (0 counts as +1).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitorch_engine.bits import bit_format
+
+
+class ActivationQuantizer(nn.Module):
+    """The learned scale of one tensor of activations: ``initial_scale * exp(log_gain)``, always positive.
+
+    The first batch sets ``initial_scale`` (0 until then) and ``low``, the code of index 0. Learning the logarithm makes
+    an optimizer's step relative to the scale, and weight decay pulls towards the first batch's scale, not to zero.
+    """
+
+    initial_scale: Tensor
+    low: Tensor
+
+    def __init__(self, bits: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.bits = bit_format(bits).bits
+        self.log_gain = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
+        self.register_buffer("initial_scale", torch.zeros((), device=device))
+        self.register_buffer("low", torch.zeros((), device=device))
+        self._ready = False
+
+    @property
+    def scale(self) -> Tensor:
+        """What one code is worth: 0-dim float32, differentiable."""
+        return self.initial_scale.to(torch.float32) * self.log_gain.to(torch.float32).exp()
+
+    def prepare_(self, x: Tensor) -> None:
+        """Set scale and range from a batch, once. On several ranks all take part, and all get the same."""
+        if not self._ready and x.numel():
+            self._set_from_batch_(x)
+
+    @torch.compiler.disable
+    def _set_from_batch_(self, x: Tensor) -> None:
+        if float(self.initial_scale) <= 0:  # not loaded from a checkpoint either
+            wide = x.detach().to(torch.float32)
+            mean, largest, smallest = _across_ranks(wide.abs().mean(), wide.abs().amax(), wide.amin())
+            form = bit_format(self.bits)
+            signed = bool(smallest < 0) or self.bits == 1
+            high = form.high if signed else form.levels - 1
+            # 8 bits reach to the largest value; below that, Esser et al., section 2.1; a sign stands for the mean size.
+            start = mean if self.bits == 1 else largest / high if self.bits == 8 else 2 * mean / high**0.5
+            self.low.fill_(form.low if signed else 0)
+            self.initial_scale.fill_(float(start) if bool(torch.isfinite(start) & (start > 0)) else 1.0)
+        self._ready = True
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = False
+
+
+def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(index, beyond) of activations, both uint8 of the shape of ``x``.
+
+    beyond: 1 where x / scale is above its code, for the lowest code where it is below (at 1 bit: farther out). With the
+    index it tells exactly which elements were clipped, and for the others which way they were rounded.
+    NaN becomes the code 0 (at 1 bit, +1).
+    """
+    form = bit_format(bits)
+    ratio = torch.nan_to_num(x.to(torch.float32) / scale, nan=0.0)
+    if bits == 1:
+        return (ratio >= 0).to(torch.uint8), (ratio.abs() > 1).to(torch.uint8)
+    index = (ratio.round() - low).clamp(0, form.levels - 1)
+    beyond = torch.where(index == 0, ratio < low, ratio > index + low)
+    return index.to(torch.uint8), beyond.to(torch.uint8)
+
+
+def activation_codes(index: Tensor, low: Tensor, bits: int) -> Tensor:
+    """The codes, integer-valued float32, of an index: multiply by the scale to get the values."""
+    return index.to(torch.float32) * bit_format(bits).step + low
+
+
+def activation_grads(grad: Tensor, index: Tensor, beyond: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the float activation and of the scale, from the gradient of the quantized activation.
+
+    grad: as x, float.  index, beyond: from ``quantize_activation``.
+    Straight through inside the range, zero where x was clipped (at 1 bit: |x| > scale).
+    The scale's gradient is the code where x was clipped, and round(x/s) - x/s elsewhere (Esser et al., equation 3), of
+    which what is kept tells the sign: it enters with its mean size, 1/4, and with 0 in the lowest code, where a ReLU
+    puts its exact zeros. At 1 bit it is the code, as the scale is the size of every element. The sum is scaled by
+    1 / sqrt(features * high), section 2.2.
+    """
+    form = bit_format(bits)
+    codes = activation_codes(index, low, bits)
+    high = low + (form.levels - 1) * form.step
+    clipped = (beyond != 0) & ((index == 0) | (index == form.levels - 1))
+    error = torch.where(index == 0, 0.0, 0.25 - 0.5 * beyond)
+    slope = codes if bits == 1 else torch.where(clipped, codes, error)
+    features = grad.numel() // max(1, grad.shape[0])
+    scale_grad = (grad.to(torch.float32) * slope).sum() / (features * high).sqrt()
+    return torch.where(clipped, 0.0, grad).to(grad.dtype), scale_grad
+
+
+def _across_ranks(mean: Tensor, largest: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return mean, largest, smallest
+    dist.all_reduce(mean)
+    extremes = torch.stack([largest, -smallest])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return mean / dist.get_world_size(), extremes[0], -extremes[1]

@@ -1,0 +1,55 @@
+"""How a float weight becomes codes: the scale of each output channel, and rounding to levels."""
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.bits import BitFormat
+
+_ROUNDS = 8
+"""Least-squares rounds: the squared error falls in every one, and hardly after the eighth."""
+
+# Step of the uniform quantizer of least squared error on a normal distribution, in standard deviations (Max 1960).
+_NORMAL_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
+
+
+def normal_scale(form: BitFormat) -> float:
+    """The best scale for normally distributed weights, in units of their standard deviation."""
+    return _NORMAL_STEP[form.bits] / form.step
+
+
+def fit_scale(rows: Tensor, form: BitFormat) -> Tensor:
+    """The scale of each row that gives a small squared error: (R,) float32, positive.
+
+    rows: (R, K) finite float. From the scale for a normal distribution, rounding and the least-squares scale of the
+    rounded codes take turns (Lloyd's iteration). A row of zeros takes the mean scale of the other rows; where all are
+    zero, the scale of a new layer of that fan-in: a scale near zero would freeze the row for good.
+    """
+    rows = rows.to(torch.float32)
+    scale = rows.square().mean(1).sqrt() * normal_scale(form)
+    alive = scale > 1e-12
+    scale = torch.where(alive, scale, 1.0)
+    for _ in range(_ROUNDS):
+        codes = form.codes(to_levels(rows, scale, form) >> form.hidden_bits).to(torch.float32)
+        better = (rows * codes).sum(1) / (codes * codes).sum(1)
+        scale = torch.where(torch.isfinite(better) & (better > 0), better, scale)
+    fallback = (3 * max(1, rows.shape[1])) ** -0.5 * normal_scale(form)
+    typical = scale[alive].mean() if bool(alive.any()) else scale.new_tensor(fallback)
+    return torch.where(alive, scale, typical)
+
+
+def to_levels(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
+    """The level, 0 .. 255, nearest below each weight: uint8, (R, K). Its top bits are the nearest code.
+
+    rows: (R, K) float.  scale: (R,) positive.  Values beyond the outermost codes are clamped.
+    """
+    index = (rows.to(torch.float32) / scale[:, None] - form.low) / form.step
+    return ((index + 0.5) * (1 << form.hidden_bits)).floor().clamp(0, 255).to(torch.uint8)
+
+
+def from_levels(levels: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
+    """The weight at the centre of each level, code and residual together: (R, K) float32.
+
+    It is what an optimizer sees and moves; forward sees the code alone.
+    """
+    index = (levels.to(torch.float32) + 0.5) * (1 / (1 << form.hidden_bits)) - 0.5
+    return (index * form.step + form.low) * scale[:, None]
