@@ -121,9 +121,9 @@ def quantize_(
     report = ConversionReport()
     shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for name, (module, weight) in layers.items():
-        entry = LayerReport(
-            name, type(module).__name__, weight.numel(), weight.nbytes, weight.nbytes, skipped=reasons[name]
-        )
+        lazy = isinstance(weight, nn.UninitializedParameter)
+        count, size = (0, 0) if lazy else (weight.numel(), weight.nbytes)
+        entry = LayerReport(name, type(module).__name__, count, size, size, skipped=reasons[name])
         if entry.skipped is None:
             settings = dict(defaults)
             for pattern, override in overrides.items():

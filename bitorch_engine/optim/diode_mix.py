@@ -172,7 +172,7 @@ class DiodeMix(torch.optim.Optimizer):
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:
     dtype = _MOMENT_DTYPES[memory]
     if memory == "channel" and isinstance(p, PackedParameter):
-        return {"exp_avg_s": torch.zeros_like(p.scale, dtype=dtype)}
+        return {"exp_avg_s": torch.zeros_like(p.channel_scale)}
     return {name: ops.new_moment(grad.shape, dtype, grad.device) for name in ("exp_avg_s", "exp_avg_l")}
 
 

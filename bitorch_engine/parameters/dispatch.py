@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
+from bitorch_engine.parameters.float_view import FloatView, is_written
+
 if TYPE_CHECKING:
     from bitorch_engine.parameters.packed import PackedParameter
 
@@ -27,7 +29,10 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
     if func._schema.is_mutable:
         return _mutate(packed_type, func, args, kwargs)
     args, kwargs = _dequantize((args, kwargs), packed_type)
-    return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    if torch.is_grad_enabled() or not any(returned.alias_info for returned in func._schema.returns):
+        return result  # with gradients on, autograd itself refuses to write through a view of a leaf
+    return tree_map(lambda out: FloatView(out) if type(out) is Tensor else out, result)
 
 
 def _handles(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -111,10 +116,22 @@ def _randomize_(func: Any, x: "PackedParameter", *args: Any, **kwargs: Any) -> "
     return x.quantize_(func(values, *args, **kwargs))
 
 
+@_handles(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
+def _fill_(func: Any, x: "PackedParameter", value: Any = 0) -> "PackedParameter":
+    """Zero, and what the grid of codes has, is written with the scale there is; another constant brings its own."""
+    values = torch.empty(x.shape, dtype=torch.float32, device=x.device).fill_(value)
+    inside = values.abs().amax() <= x.channel_scale.amin() if x.numel() else True
+    if bool(inside):
+        x.write_(values)
+    else:
+        x.quantize_(values)
+    return x
+
+
 def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator that writes. Only the first argument may be packed and written; it is then updated in place."""
     schema = func._schema
-    written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = [i for i, argument in enumerate(schema.arguments) if is_written(argument)]
     in_lists = any(
         isinstance(args[i], (list, tuple)) and any(isinstance(t, packed_type) for t in args[i])
         for i in written

@@ -145,6 +145,18 @@ class PackedParameter(nn.Parameter):
         """The weight that forward sees, code * scale: the logical shape and dtype, a new tensor."""
         return self.from_rows((self._row_codes() * self.channel_scale[:, None]).to(self.dtype))
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dequantized weight as a NumPy array, a copy. As for any tensor, only without gradient (or ``force``)."""
+        if self.requires_grad and not force:
+            raise RuntimeError(
+                "cannot call numpy() on a parameter that requires grad; use weight.dequantize().numpy()."
+            )
+        return self.dequantize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The dequantized weight as nested lists."""
+        return self.dequantize().tolist()
+
     def unpack_codes(self) -> Tensor:
         """``codes`` as a method, for code that torch.compile traces: it takes a property for a stored tensor."""
         return self.from_rows(self._row_codes())
@@ -292,7 +304,7 @@ class PackedParameter(nn.Parameter):
         levels = to_levels(rows, self.channel_scale, form)
         index = levels >> form.hidden_bits
         grid = (form.codes(index) * self.channel_scale[:, None]).to(rows.dtype)
-        if bool((grid == rows).all()):
+        if bool((grid == rows).all()) or bool((grid.to(self.dtype).to(rows.dtype) == rows).all()):
             index = index.view(-1)
             self.packed.copy_(pack(index, self.w_bit, check=False))
             if self.residual is not None:

@@ -15,6 +15,10 @@ _SCALE_BETAS = (0.9, 0.999)
 """Adam's betas for a learned scale: it is one number a channel, and its gradient a sum over many weights."""
 
 
+_LARGEST = 1e18
+"""Gradients are squared in float32, which ends at 3.4e38."""
+
+
 class Projector(Protocol):
     """What ``update`` needs of a gradient projector."""
 
@@ -48,6 +52,10 @@ def step_(
         raise ValueError("a learned scale needs the full gradient besides the projected one: set qweight.grad.")
     if not finite:
         check_finite(grad)
+    if weight.learn_scale and full_grad is not None and full_grad is not grad:
+        check_finite(full_grad)
+    if projector is not None:
+        _check_projected_back(weight, projector.project_back(grad))
 
     with torch.no_grad():
         residual = weight.require_residual_()
@@ -68,15 +76,18 @@ def step_(
         factor = None
         if weight.learn_scale and full_grad is not None:
             factor = _scale_factor_(weight, weight.to_rows(full_grad.reshape(weight.shape)), lr, count)
-        if projector is None:
+        if projector is None and not (weight.transposed_groups and exp_avg_l is not None):
             rows = weight.to_rows(grad)
             ops.update_(
                 weight.packed, residual, scale, rows, exp_avg_s, exp_avg_l, bits=weight.w_bit, lr=lr, **settings
             )
         else:
-            direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
-            delta = direction.reshape(scale.numel(), -1) * -lr
-            ops.add_(weight.packed, residual, scale, delta, bits=weight.w_bit, key=settings["key"])
+            # Moments are in the order of the gradient they belong to, which here is not the order of the codes.
+            direction = ops.direction_(grad, exp_avg_s, exp_avg_l, **settings)
+            if projector is not None:
+                direction = projector.project_back(direction)
+            rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
+            ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
         if factor is not None:
             scale.mul_(factor)
         if weight_decay:
@@ -113,13 +124,16 @@ def step_float_(
 
 
 def check_finite(grad: Tensor) -> None:
-    """Raise ValueError where a gradient has a NaN or Inf entry. No temporary of its size is made."""
+    """Raise ValueError where a gradient has a NaN or Inf entry, or one whose square is beyond float32.
+
+    No temporary of its size is made.
+    """
     if grad.numel():
         low, high = torch.aminmax(grad.detach())
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        if not bool((high < _LARGEST) & (low > -_LARGEST)):  # false for NaN, too
             raise ValueError(
-                "the gradient has NaN or Inf entries; no weight and no state was changed. Lower the learning rate, or "
-                "skip such steps (torch.amp.GradScaler does)."
+                f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
+                "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
             )
 
 
@@ -175,6 +189,15 @@ def _gradient(
     return grad
 
 
+def _check_projected_back(weight: "PackedParameter", direction: Tensor) -> None:
+    rows = weight.channel_scale.numel()
+    if tuple(direction.shape) not in (tuple(weight.shape), (rows, weight.numel() // rows)):
+        raise ValueError(
+            f"the projector must give back shape {(rows, weight.numel() // rows)} or {tuple(weight.shape)}, got "
+            f"{tuple(direction.shape)} from a gradient that does not belong to this weight."
+        )
+
+
 def _check_moments(
     weight: "PackedParameter", grad: Tensor, exp_avg_s: Tensor | None, exp_avg_l: Tensor | None, *, projected: bool
 ) -> None:
@@ -215,7 +238,7 @@ def _grad_factor(weight: "PackedParameter", grad: Tensor, *moments: Tensor | Non
         rms = float(torch.linalg.vector_norm(grad.to(torch.float32))) / math.sqrt(grad.numel())
         if not rms > 0:
             return 1.0
-        weight.grad_exponent = -round(math.log2(rms))
+        weight.grad_exponent = min(100, -round(math.log2(rms)))
     return 2.0**weight.grad_exponent
 
 

@@ -16,6 +16,8 @@ def quantize_gradient(grad: Tensor, bits: int, keep: int, seed: Tensor) -> tuple
     """
     limit = (1 << (bits - 1)) - 1
     wide = grad.to(torch.float32)
+    if wide.numel() == 0:
+        return wide, wide.new_zeros([1] * grad.dim())
     others = [d for d in range(grad.dim()) if d != keep]
     scale = wide.abs().amax(others, keepdim=True) * (1 / limit)
     size = torch.where(scale > 0, wide.abs() / scale, 0.0)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -11,6 +12,8 @@ class Convolution(NamedTuple):
     """The geometry of a convolution of any rank, transposed or not, and its three products.
 
     Inputs are batched, (N, C, *spatial). stride, padding, dilation, output_padding: one int a spatial dimension.
+    pad: zeros added to x before that, two numbers a dimension, last dimension first, as in torch.nn.functional.pad;
+    for padding that differs between the sides. Empty for none.
     The products are bilinear: what type the operands have, integer values or real ones, is the caller's choice.
     """
 
@@ -20,18 +23,25 @@ class Convolution(NamedTuple):
     transposed: bool
     output_padding: Sequence[int]
     groups: int
+    pad: Sequence[int] = ()
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """(N, C_out, *out)"""
+        x = F.pad(x, self.pad) if self.pad else x
         return torch.ops.aten.convolution.default(x, weight, None, *self._arguments())
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of an input of that shape. grad: (N, C_out, *out)."""
-        x = grad.new_empty(1).expand(shape)  # only its shape is used
-        return self._backward(grad, x, weight, [True, False, False])[0]
+        padded = list(shape)
+        for i in range(len(self.pad) // 2):
+            padded[-1 - i] += self.pad[2 * i] + self.pad[2 * i + 1]
+        x = grad.new_empty(1).expand(padded)  # only its shape is used
+        grad_x = self._backward(grad, x, weight, [True, False, False])[0]
+        return F.pad(grad_x, [-n for n in self.pad]) if self.pad else grad_x
 
     def grad_weight(self, grad: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of a weight of that shape."""
+        x = F.pad(x, self.pad) if self.pad else x
         weight = grad.new_empty(1).expand(shape)  # only its shape is used
         return self._backward(grad, x, weight, [False, True, False])[1]
 

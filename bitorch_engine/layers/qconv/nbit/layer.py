@@ -69,7 +69,7 @@ class nBitConv(nn.modules.conv._ConvNd):
         self.w_bit, self.a_bit, self.g_bit = w_bit, a_bit, g_bit
         self.activation = None
         if a_bit is not None:
-            self.activation = ActivationQuantizer(a_bit, weight.device, weight.dtype)
+            self.activation = ActivationQuantizer(a_bit, weight.device, weight.dtype).train(self.training)
 
     def reset_parameters(self) -> None:
         """torch.nn's initialization; a packed weight gets a new scale with it."""
@@ -83,8 +83,10 @@ class nBitConv(nn.modules.conv._ConvNd):
             bound = 1 / math.sqrt(max(1, _fan_in(weight)))
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _convolve(self, x: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] = ()) -> Tensor:
-        """Quantize, convolve, add the bias. padding: one number a spatial dimension, on both sides."""
+    def _convolve(
+        self, x: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] = (), pad: tuple[int, ...] = ()
+    ) -> Tensor:
+        """Quantize, convolve, add the bias. padding: zeros on both sides; pad: where the sides differ, as F.pad's."""
         spatial = len(self.kernel_size)
         if x.dim() not in (spatial + 1, spatial + 2):
             raise ValueError(
@@ -101,7 +103,7 @@ class nBitConv(nn.modules.conv._ConvNd):
         if torch.is_autocast_enabled(x.device.type):
             batched = batched.to(torch.get_autocast_dtype(x.device.type))
         geometry = ops.Convolution(
-            self.stride, padding, self.dilation, self.transposed, output_padding or (0,) * spatial, self.groups
+            self.stride, padding, self.dilation, self.transposed, output_padding or (0,) * spatial, self.groups, pad
         )
         y = QuantizedConvolution.apply(batched, weight, scale, low, geometry, self.a_bit, self.g_bit)
         if bias is not None:
@@ -149,10 +151,11 @@ class _Forward(nBitConv):
             return self._conv_forward(input, self.weight, self.bias)
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         left, right = tuple(padding[-2::-2]), tuple(padding[::-2])
-        if self.padding_mode == "zeros" and left == right:
+        if self.padding_mode != "zeros":
+            return self._convolve(F.pad(input, padding, mode=self.padding_mode), (0,) * spatial)
+        if left == right:
             return self._convolve(input, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self._convolve(F.pad(input, padding, mode=mode), (0,) * spatial)
+        return self._convolve(input, (0,) * spatial, pad=tuple(padding))
 
 
 class _ForwardTransposed(nBitConv):

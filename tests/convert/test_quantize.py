@@ -1,0 +1,182 @@
+"""quantize_: what is converted, what is kept, what the report says."""
+
+import pytest
+import torch
+from torch import nn
+
+import bitorch_engine as be
+from bitorch_engine.convert import convert_layer_
+
+
+def make_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, padding="same"), nn.ConvTranspose2d(8, 4, 2, stride=2)),
+        nn.Flatten(),
+        nn.Linear(4 * 12 * 12, 5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (nn.Conv1d, (2, 4, 9)),
+        (nn.Conv2d, (2, 4, 7, 5)),
+        (nn.Conv3d, (2, 4, 5, 4, 3)),
+        (nn.ConvTranspose1d, (2, 4, 9)),
+        (nn.ConvTranspose2d, (2, 4, 7, 5)),
+        (nn.ConvTranspose3d, (2, 4, 5, 4, 3)),
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_eight_bits_change_the_output_by_less_than_a_percent_and_the_root_itself_is_converted(kind, shape, groups):
+    layer, x = kind(4, 6, 3, stride=2, padding=1, groups=groups), torch.randn(shape)
+    before = layer(x)
+    report = be.quantize_(layer, 8)
+    assert type(layer).__name__ == "nBit" + kind.__name__
+    assert [entry.name for entry in report.converted] == [""]
+    assert isinstance(layer.weight, be.nBitConvParameter)
+    assert (layer(x) - before).square().mean() < 1e-4 * before.square().mean()
+
+
+def test_convolutions_are_converted_in_place_and_all_else_is_untouched():
+    net = make_net()
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    objects, linear = list(net.modules()), net[4].weight
+    seen = []
+    net[0].register_forward_hook(lambda *_: seen.append("hook"))
+    report = be.quantize_(net, 4, 8, 8)
+    assert list(net.modules())[: len(objects)] != [] and all(module in list(net.modules()) for module in objects)
+    assert [entry.name for entry in report.converted] == ["0", "2.1", "2.2"]
+    assert {entry.name: entry.skipped for entry in report.skipped} == {"4": "is not a convolution"}
+    assert net[4].weight is linear
+    for name, value in net.state_dict().items():
+        if name in kept and not name.endswith("weight"):
+            assert torch.equal(value, kept[name]), name
+    assert torch.equal(net[1].weight, kept["1.weight"])
+    error = (net[0].weight.dequantize() - kept["0.weight"]).abs().max()
+    assert error < net[0].weight.scale.max() * 2
+    net(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert seen == ["hook"] and net[0].weight.grad is not None and net[0].bias.grad is not None
+
+
+def test_report_counts_real_bytes_and_prints_a_table():
+    net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Linear(4, 4))
+    report = be.quantize_(net, 3)
+    weights = 64 * 64 * 9
+    assert report.bytes_before == 4 * (weights + 16)
+    assert report.layers[0].bytes_after == weights * 3 // 8 + 4 * 64
+    text = str(report)
+    assert "skipped: is not a convolution" in text and "1 converted, 1 skipped" in text
+    assert len({len(line.split("  ")) > 1 for line in text.splitlines()}) == 1
+
+
+def test_overrides_and_skip_take_names_and_patterns():
+    net = make_net()
+    report = be.quantize_(
+        net, 4, a_bit=4, overrides={"0": {"w_bit": 8, "a_bit": None}, "2.*": {"w_bit": 2}}, skip="2.2"
+    )
+    assert (net[0].w_bit, net[0].a_bit) == (8, None)
+    assert (net[2][1].w_bit, net[2][1].a_bit) == (2, 4)
+    assert type(net[2][2]) is nn.ConvTranspose2d
+    assert {entry.name: entry.skipped for entry in report.skipped}["2.2"] == "as asked"
+    again = make_net()
+    be.quantize_(again, skip=["2"])  # a module that holds convolutions
+    assert type(again[2][1]) is nn.Conv2d and isinstance(again[0], be.nBitConv2d)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"w_bit": 9}, "bits must be 1 to 8, got 9"),
+        ({"g_bit": 1}, "a gradient needs a zero"),
+        ({"skip": "layer9.*"}, "'layer9.*' matches no module"),
+        ({"overrides": {"0": {"bits": 3}}}, "overrides may set w_bit, a_bit, g_bit, learn_scale, got bits"),
+        ({"overrides": {"0": {"w_bit": 0}}}, "bits must be 1 to 8, got 0"),
+    ],
+)
+def test_bad_settings_raise_and_leave_the_model_as_it_was(arguments, message):
+    net = make_net()
+    with pytest.raises(ValueError, match=message):
+        be.quantize_(net, **arguments)
+    assert not any(isinstance(module, be.nBitConv2d) for module in net.modules())
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_converted():
+    net = make_net()
+    with torch.no_grad():
+        net[2][1].weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"'2\.1' has NaN or Inf"):
+        be.quantize_(net)
+    assert type(net[0]) is nn.Conv2d
+
+
+def test_shared_modules_and_shared_weights_stay_shared():
+    conv = nn.Conv2d(4, 4, 3)
+    other = nn.Conv2d(4, 4, 3)
+    other.weight = conv.weight
+    net = nn.ModuleDict({"a": conv, "b": conv, "c": other})
+    report = be.quantize_(net)
+    assert net["a"] is net["b"] and net["a"].weight is net["c"].weight
+    assert [entry.name for entry in report.converted] == ["a", "c"]
+    assert len(list(net.parameters())) == 3  # one weight, two biases
+
+
+def test_what_cannot_be_converted_is_skipped_with_the_reason():
+    class OwnConv(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.ModuleDict(
+        {
+            "own": OwnConv(2, 2, 1),
+            "lazy": nn.LazyConv2d(2, 1),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
+            "done": be.nBitConv2d(2, 2, 1),
+            "table": nn.Embedding(3, 3),
+        }
+    )
+    reasons = {entry.name: entry.skipped for entry in be.quantize_(net).layers}
+    assert reasons["own"] == "is a subclass of Conv2d with its own code"
+    assert reasons["lazy"].startswith("is lazy")
+    assert reasons["normed"].startswith("is parametrized")
+    assert reasons["done"] == "is low-bit already"
+    assert reasons["table"] == "is not a convolution"
+
+
+def test_training_mode_device_and_requires_grad_are_kept():
+    layer = nn.Conv2d(2, 2, 3, dtype=torch.bfloat16).eval()
+    layer.weight.requires_grad_(False)
+    be.quantize_(layer, 2, a_bit=2)
+    assert not layer.training and not layer.weight.requires_grad and layer.weight.dtype == torch.bfloat16
+    assert layer.activation.training is False
+
+
+def test_convert_layer_refuses_what_is_not_a_convolution():
+    with pytest.raises(TypeError, match="Linear cannot be converted: it is not a convolution"):
+        convert_layer_(nn.Linear(2, 2))
+
+
+def test_a_deep_copy_is_independent():
+    import copy
+
+    net = make_net()
+    be.quantize_(net)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert net[0].weight.codes.abs().sum() > 0
+
+
+def test_the_error_of_each_width_is_near_the_best_for_normal_weights():
+    """Mean squared errors of the optimal uniform quantizers of a unit normal variable (Max 1960, table II)."""
+    optimal = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154}
+    weight = torch.randn(16, 400, 3, 3)
+    for bits, best in optimal.items():
+        layer = nn.Conv2d(400, 16, 3)
+        layer.weight = nn.Parameter(weight.clone())
+        be.quantize_(layer, bits)
+        error = (layer.weight.dequantize() - weight).square().mean()
+        # Codes such as -2 .. 1 are not symmetric as the table is, which costs the more the fewer they are.
+        assert error < best * (1.25 if bits in (2, 3) else 1.05)
