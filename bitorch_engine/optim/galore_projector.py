@@ -128,7 +128,9 @@ class GaLoreProjector:
 def _matrix(tensor: Tensor) -> Tensor:
     """(shape[0], the rest), float32 or better."""
     if tensor.dim() < 2 or not tensor.numel():
-        raise ValueError(f"GaLore projects gradients of 2 or more dimensions, got shape {tuple(tensor.shape)}.")
+        raise ValueError(
+            f"GaLore projects gradients of 2 or more dimensions, none empty; got shape {tuple(tensor.shape)}."
+        )
     return tensor.detach().flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
 
 

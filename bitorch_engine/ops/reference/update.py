@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.reference.levels import move_levels_
-from bitorch_engine.ops.reference.moments import load_moment, store_moment_
+from bitorch_engine.ops.reference.moments import load_moment, needs_noise, store_moment_
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key
 
 SLICE = 1 << 16
@@ -142,7 +142,9 @@ def adam_direction_(
     Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1.
     """
     stop = start + grad.numel()
-    noise = noise_bits(noise_key(key, _MOMENTS), start, grad.numel(), grad.device)
+    noise = None
+    if needs_noise(exp_avg_s) or needs_noise(exp_avg_l):
+        noise = noise_bits(noise_key(key, _MOMENTS), start, grad.numel(), grad.device)
     numerator = grad
     if exp_avg_l is not None:
         m = load_moment(exp_avg_l, start, stop, grad.dtype, signed=True) * beta1 + grad * (1 - beta1)

@@ -1,0 +1,108 @@
+"""``python -m benchmarks``: run every benchmark and rewrite ``results/``; or one of them, whole or quick."""
+
+import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks import learning, memory
+from benchmarks.machine import RESULTS, facts
+from benchmarks.runs import PARTIAL, Measurement, measure
+
+JOBS = click.option("--jobs", default=2, show_default=True, help="Processes of one thread each.")
+QUICK = click.option("--quick", is_flag=True, help="A few epochs of one seed, to see that all works; prints only.")
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Measure what the library reaches. Without a command: everything."""
+    if context.invoked_subcommand is None:
+        context.invoke(run_learning, tuning=True)
+        context.invoke(run_learning)
+        context.invoke(run_memory)
+
+
+@main.command("learning")
+@JOBS
+@QUICK
+@click.option("--tuning", is_flag=True, help="Try learning rates instead, on seeds and test images of their own.")
+@click.option("--only", default="*", help="Only rows whose name fits the pattern; others stay as they are in results/.")
+def run_learning(jobs: int = 2, quick: bool = False, tuning: bool = False, only: str = "*") -> None:
+    """Test accuracy of low-bit training against float32 and against quantization-aware training."""
+    name = "tuning" if tuning else "learning"
+    every = list(learning.tuning_rows()) if tuning else [*learning.MAIN, *learning.FURTHER]
+    rows = [row for row in every if fnmatch(row.name, only)]
+    runs = learning.runs(rows, tuning=tuning, quick=quick)
+    if quick:
+        show(learning.table(learning.summarize(measure("quick", learning.train, runs, jobs=jobs))))
+        (PARTIAL / "quick.jsonl").unlink()
+        return
+    measured = measure(name, learning.train, runs, jobs=jobs)
+    seeds = learning.TUNING_SEEDS if tuning else learning.REPORTED_SEEDS
+    keep(name, measured, order=learning.runs(every, tuning=tuning), seeds=seeds)
+    tables()
+
+
+@main.command("memory")
+@JOBS
+@QUICK
+@click.option("--only", default="*", help="Only settings whose name fits; others stay as they are in results/.")
+def run_memory(jobs: int = 2, quick: bool = False, only: str = "*") -> None:
+    """Peak memory of a training step, by kind, against float32 with AdamW."""
+    every = list(memory.settings())
+    chosen = [setting for setting in every if fnmatch(setting.name, only)]
+    memory.prepare_processes()
+    if quick:
+        runs = memory.runs(chosen, quick=True)
+        show(memory.table(measure("quick", memory.step_memory, runs, jobs=jobs, fresh_process=True)))
+        (PARTIAL / "quick.jsonl").unlink()
+        return
+    measured = measure("memory", memory.step_memory, memory.runs(chosen), jobs=jobs, fresh_process=True)
+    keep("memory", measured, order=memory.runs(every))
+    tables()
+
+
+@main.command("tables")
+def tables() -> None:
+    """Write and show results/*.md anew, from the measurements in results/*.json."""
+    reports = {
+        "learning": lambda record: learning.report(record, read("tuning")),
+        "memory": memory.report,
+    }
+    for name, report in reports.items():
+        record = read(name)
+        if record is not None:
+            text = report(record)
+            (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+            show(text)
+
+
+def keep(name: str, measured: Iterable[Measurement], *, order: list[dict[str, Any]], **more: Any) -> None:
+    """Write ``results/<name>.json``: these measurements, and of the former ones those that are still asked for."""
+    former = read(name) or {"measurements": []}
+    known = {json.dumps(m["run"], sort_keys=True): m for m in (*former["measurements"], *measured)}
+    keys = [json.dumps(run, sort_keys=True) for run in order]
+    kept = [known[key] for key in keys if key in known]
+    record = {"machine": facts(), "sources": sorted({m["sources"] for m in kept}), **more, "measurements": kept}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (PARTIAL / f"{name}.jsonl").unlink(missing_ok=True)
+
+
+def read(name: str) -> Any:
+    """``results/<name>.json``, or None."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def show(text: str) -> None:
+    Console().print(Markdown(text))
+
+
+if __name__ == "__main__":
+    main()
