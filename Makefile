@@ -4,10 +4,10 @@ WORKERS ?= 2
 ARGS ?=
 
 # torch is installed first, by itself and pinned: left to the dependency list, pip takes the newest build of PyPI, which on Linux
-# brings gigabytes of CUDA packages. Where no NVIDIA driver is seen, PyTorch's index of CPU builds (a tenth of the size) is searched
-# too; a build marked +cpu wins over a plain one. Its dependencies come with ours, so that this index is asked for torch only.
+# brings gigabytes of CUDA packages, and asks for them again with every release. For a CPU build (a tenth of the size), point
+# TORCH_INDEX at PyTorch's index of those: make demo TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= $(shell [ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/ready

@@ -39,13 +39,14 @@ def run_learning(jobs: int = 2, quick: bool = False, tuning: bool = False, only:
     rows = [row for row in every if fnmatch(row.name, only)]
     runs = learning.runs(rows, tuning=tuning, quick=quick)
     if quick:
-        show(learning.table(learning.summarize(measure("quick", learning.train, runs, jobs=jobs))))
+        text = learning.table(learning.summarize(measure("quick", learning.train, runs, jobs=jobs)))
+        Console().print(Markdown(text))
         (PARTIAL / "quick.jsonl").unlink()
         return
     measured = measure(name, learning.train, runs, jobs=jobs)
     seeds = learning.TUNING_SEEDS if tuning else learning.REPORTED_SEEDS
     keep(name, measured, order=learning.runs(every, tuning=tuning), seeds=seeds)
-    tables()
+    write_tables()
 
 
 @main.command("memory")
@@ -59,27 +60,31 @@ def run_memory(jobs: int = 2, quick: bool = False, only: str = "*") -> None:
     memory.prepare_processes()
     if quick:
         runs = memory.runs(chosen, quick=True)
-        show(memory.table(measure("quick", memory.step_memory, runs, jobs=jobs, fresh_process=True)))
+        text = memory.table(measure("quick", memory.step_memory, runs, jobs=jobs, fresh_process=True))
+        Console().print(Markdown(text))
         (PARTIAL / "quick.jsonl").unlink()
         return
     measured = measure("memory", memory.step_memory, memory.runs(chosen), jobs=jobs, fresh_process=True)
     keep("memory", measured, order=memory.runs(every))
-    tables()
+    write_tables()
 
 
 @main.command("tables")
-def tables() -> None:
+def run_tables() -> None:
     """Write and show results/*.md anew, from the measurements in results/*.json."""
-    reports = {
-        "learning": lambda record: learning.report(record, read("tuning")),
-        "memory": memory.report,
-    }
-    for name, report in reports.items():
-        record = read(name)
-        if record is not None:
-            text = report(record)
-            (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-            show(text)
+    write_tables()
+
+
+def write_tables() -> None:
+    """What the command ``tables`` does."""
+    texts = {}
+    if (record := read("learning")) is not None:
+        texts["learning"] = learning.report(record, read("tuning"))
+    if (record := read("memory")) is not None:
+        texts["memory"] = memory.report(record)
+    for name, text in texts.items():
+        (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+        Console().print(Markdown(text))
 
 
 def keep(name: str, measured: Iterable[Measurement], *, order: list[dict[str, Any]], **more: Any) -> None:
@@ -98,10 +103,6 @@ def read(name: str) -> Any:
     """``results/<name>.json``, or None."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def show(text: str) -> None:
-    Console().print(Markdown(text))
 
 
 if __name__ == "__main__":

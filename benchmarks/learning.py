@@ -300,11 +300,10 @@ def summarize(measurements: Iterable[Measurement]) -> list[Summary]:
     points = {row: {seed: 100 * r["accuracy"] for seed, r in results.items()} for row, results in by_row.items()}
     summaries = []
     for row, results in by_row.items():
-        floats = [other for other in by_row if other.w_bit is None and other.norm == row.norm and other is not row]
-        best = max(floats, key=lambda other: fmean(points[other].values()), default=None)
-        gaps = (
-            [] if best is None else [points[row][seed] - points[best][seed] for seed in results if seed in points[best]]
-        )
+        floats = [other for other in by_row if other.w_bit is None and other.norm == row.norm]
+        best = max(floats, key=lambda other: fmean(points[other].values()), default=row)
+        pairs = {} if best is row else points[best]
+        gaps = [points[row][seed] - pairs[seed] for seed in results if seed in pairs]
         flipped = [result["flipped"] for result in results.values() if result["flipped"] is not None]
         summaries.append(
             Summary(

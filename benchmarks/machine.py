@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import os
+import platform
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,10 @@ SOURCES = ("bits", "ops", "quantizers", "parameters", "layers", "optim", "conver
 def facts() -> dict[str, Any]:
     """Machine, versions, date and the command that was typed. Names no path of this machine."""
     known = collect()
-    kept = ("cpu", "cores", "system", "python", "torch", "bitorch_engine")
+    kept = ("cpu", "cores", "python", "torch", "bitorch_engine")
     return {
         **{name: known[name] for name in kept},
+        "system": f"{platform.system()} {platform.machine()}",
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),

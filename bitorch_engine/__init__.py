@@ -1,6 +1,7 @@
 """Networks whose weights have 1 to 8 bits, and stay at those bits while they are trained."""
 
 from bitorch_engine import optim
+from bitorch_engine.checkpoint import load, save
 from bitorch_engine.convert import quantize_
 from bitorch_engine.layers.qconv.nbit import (
     nBitConv1d,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "compress_saved_tensors",
+    "load",
     "nBitConv1d",
     "nBitConv2d",
     "nBitConv2dBase",
@@ -28,4 +30,5 @@ __all__ = [
     "nBitConvTranspose3d",
     "optim",
     "quantize_",
+    "save",
 ]

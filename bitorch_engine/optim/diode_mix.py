@@ -35,7 +35,8 @@ class DiodeMix(torch.optim.Optimizer):
         "fp32" 9     "bf16" or "fp16" 5     "8bit" 3.06, the default     "channel" about 1.02
 
         "channel" has no first moment, and one second moment an output channel: the least memory. It is not for a
-        constant learning rate: anneal it to 0. Moments of float parameters are float32.
+        constant learning rate: anneal it to 0. Moments of float parameters are float32; with "channel", matrices of
+        4096 elements or more do without most of theirs in the same way.
 
     Group keys ``rank, update_proj_gap, scale, proj_type`` switch on GaLore for the group: parameters of two or more
     dimensions are stepped in a gradient of low rank. Every key can be set for a group.
@@ -117,7 +118,6 @@ class DiodeMix(torch.optim.Optimizer):
         grad = p.grad
         if grad is None:
             return
-        packed = isinstance(p, PackedParameter)
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros(())
@@ -128,7 +128,7 @@ class DiodeMix(torch.optim.Optimizer):
             rows = p.to_rows(grad) if isinstance(p, PackedParameter) else grad.flatten(1)
             grad = projector.project(rows, int(state["step"]))
         if "exp_avg_s" not in state:
-            state |= _new_moments(p, grad, group["memory"] if packed else "fp32")
+            state |= _new_moments(p, grad, group["memory"])
         settings = {
             "lr": float(group["lr"]),
             "weight_decay": group["weight_decay"],
@@ -164,15 +164,18 @@ class DiodeMix(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if key == "projector":
                     self.state[p][key] = GaLoreProjector(group["rank"], **_galore_options(group))
-                    self.state[p][key].load_state_dict(value)
+                    bases = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in value.items()}
+                    self.state[p][key].load_state_dict(bases)
                 elif isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
 
 
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:
-    dtype = _MOMENT_DTYPES[memory]
     if memory == "channel" and isinstance(p, PackedParameter):
         return {"exp_avg_s": torch.zeros_like(p.channel_scale)}
+    if memory == "channel" and p.dim() >= 2 and p.numel() >= 4096:
+        return {"exp_avg_s": torch.zeros(p.shape[0], *[1] * (p.dim() - 1), device=p.device)}
+    dtype = _MOMENT_DTYPES[memory] if isinstance(p, PackedParameter) else torch.float32
     return {name: ops.new_moment(grad.shape, dtype, grad.device) for name in ("exp_avg_s", "exp_avg_l")}
 
 

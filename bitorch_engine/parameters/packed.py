@@ -69,9 +69,9 @@ class PackedParameter(nn.Parameter):
             raise TypeError(f"data must be a tensor or None, got {type(data).__name__}.")
         if isinstance(data, PackedParameter):
             _refuse_other_layout(data, w_bit, scale, dtype, device)
-            shared = data._with(data._inner())
-            shared.requires_grad_(requires_grad)
-            return shared
+            return cls._wrap(data._inner(), data._meta(), data.shape, data.dtype, requires_grad)
+        if data.dim() == 0:
+            raise ValueError("data must have at least one dimension, output channels first, got a number.")
         if data.is_complex() or data.dtype == torch.bool:
             raise TypeError(f"data must be a float or an integer tensor, got {data.dtype}.")
         logical = dtype or (data.dtype if data.is_floating_point() else torch.get_default_dtype())
@@ -448,7 +448,7 @@ def _to_rows(x: Tensor, transposed_groups: int) -> Tensor:
     if transposed_groups:
         grouped = x.reshape(transposed_groups, x.shape[0] // transposed_groups, *x.shape[1:])
         return grouped.transpose(1, 2).reshape(transposed_groups * x.shape[1], -1)
-    return x.reshape(x.shape[0], -1) if x.numel() else x.reshape(0, 0)
+    return x.reshape(x.shape[0], -1 if x.numel() else 0)
 
 
 def _check_layout(shape: torch.Size, groups: int) -> int:

@@ -76,16 +76,17 @@ def step_(
         factor = None
         if weight.learn_scale and full_grad is not None:
             factor = _scale_factor_(weight, weight.to_rows(full_grad.reshape(weight.shape)), lr, count)
-        if projector is None and not (weight.transposed_groups and exp_avg_l is not None):
-            rows = weight.to_rows(grad)
+        if projector is None:
+            moments = (exp_avg_s, exp_avg_l)
+            in_rows = [_in_row_order(weight, moment) for moment in moments]
             ops.update_(
-                weight.packed, residual, scale, rows, exp_avg_s, exp_avg_l, bits=weight.w_bit, lr=lr, **settings
+                weight.packed, residual, scale, weight.to_rows(grad), *in_rows, bits=weight.w_bit, lr=lr, **settings
             )
+            for moment, ordered in zip(moments, in_rows, strict=True):
+                if moment is not None and ordered is not None and ordered is not moment:
+                    moment.copy_(weight.from_rows(ordered))
         else:
-            # Moments are in the order of the gradient they belong to, which here is not the order of the codes.
-            direction = ops.direction_(grad, exp_avg_s, exp_avg_l, **settings)
-            if projector is not None:
-                direction = projector.project_back(direction)
+            direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
             rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
             ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
         if factor is not None:
@@ -99,7 +100,7 @@ def step_(
 def step_float_(
     weight: Tensor,
     exp_avg_s: Tensor,
-    exp_avg_l: Tensor,
+    exp_avg_l: Tensor | None,
     step: Tensor,
     *,
     lr: float,
@@ -110,14 +111,22 @@ def step_float_(
     projector: Projector | None,
     grad: Tensor,
 ) -> None:
-    """AdamW for a parameter that is not packed (Loshchilov & Hutter 2019, arXiv:1711.05101), in place."""
+    """AdamW for a parameter that is not packed (Loshchilov & Hutter 2019, arXiv:1711.05101), in place.
+
+    exp_avg_s: of the gradient's shape, or with one value a row: the row's mean square.  exp_avg_l: may be None.
+    """
     with torch.no_grad():
         count = advance_(step)
-        wide = grad.to(exp_avg_l.dtype)
-        exp_avg_l.mul_(betas[0]).add_(wide, alpha=1 - betas[0])
-        exp_avg_s.mul_(betas[1]).addcmul_(wide, wide, value=1 - betas[1])
         correction1, correction2 = (1 - betas[0] ** count, 1 - betas[1] ** count) if correct_bias else (1.0, 1.0)
-        direction = (exp_avg_l / correction1) / ((exp_avg_s / correction2).sqrt_() + eps)
+        wide = grad.to(exp_avg_s.dtype)
+        if exp_avg_s.shape == grad.shape:
+            exp_avg_s.mul_(betas[1]).addcmul_(wide, wide, value=1 - betas[1])
+        else:
+            mean_square = wide.square().flatten(1).mean(1).view_as(exp_avg_s)
+            exp_avg_s.mul_(betas[1]).add_(mean_square, alpha=1 - betas[1])
+        if exp_avg_l is not None:
+            wide = exp_avg_l.mul_(betas[0]).add_(wide, alpha=1 - betas[0]) / correction1
+        direction = wide / ((exp_avg_s / correction2).sqrt_() + eps)
         if projector is not None:
             direction = projector.project_back(direction)
         weight.mul_(1 - lr * weight_decay).add_(direction.view_as(weight).to(weight.dtype), alpha=-lr)
@@ -227,19 +236,33 @@ _MOMENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, t
 
 
 def _grad_factor(weight: "PackedParameter", grad: Tensor, *moments: Tensor | None) -> float:
-    """The power of two that brings the gradient of the first step to a root mean square near 1, for float16 moments.
+    """The power of two that brings the first gradient to a root mean square near 1, for float16 moments; 1 for others.
 
-    float16 holds nothing below 6e-8, which is the square of a gradient of 2.4e-4. Adam's direction does not depend on
-    the factor as long as it stays the same (eps is multiplied too), so the parameter keeps its exponent.
+    float16 holds nothing below 6e-8, which is the square of a gradient of 2.4e-4, and nothing beyond 65504. Adam's
+    direction does not depend on the factor as long as it stays the same (eps is multiplied too), so the parameter keeps
+    its exponent. Where gradients have grown by more than 2**6 since, exponent and moments come down together.
     """
-    if not any(moment is not None and moment.dtype == torch.float16 for moment in moments):
+    held = [moment if moment is not None and moment.dtype == torch.float16 else None for moment in moments]
+    if all(moment is None for moment in held):
         return 1.0
-    if weight.grad_exponent is None:
-        rms = float(torch.linalg.vector_norm(grad.to(torch.float32))) / math.sqrt(grad.numel())
-        if not rms > 0:
-            return 1.0
-        weight.grad_exponent = min(100, -round(math.log2(rms)))
-    return 2.0**weight.grad_exponent
+    rms = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) / math.sqrt(grad.numel())
+    if rms > 0:
+        fitting = min(100, -round(math.log2(rms)))
+        if weight.grad_exponent is None:
+            weight.grad_exponent = fitting
+        elif fitting < weight.grad_exponent - 6:
+            for moment, power in zip(held, (2, 1), strict=True):
+                if moment is not None:
+                    moment.mul_(2.0 ** (power * (fitting - weight.grad_exponent)))
+            weight.grad_exponent = fitting
+    return 2.0 ** (weight.grad_exponent or 0)
+
+
+def _in_row_order(weight: "PackedParameter", moment: Tensor | None) -> Tensor | None:
+    """The moment in the order of the codes: a transposed weight's gradient has another. 8 bits follow the codes."""
+    if moment is None or not weight.transposed_groups or moment.shape != weight.shape:
+        return moment
+    return weight.to_rows(moment).contiguous()
 
 
 def _scale_factor_(weight: "PackedParameter", grad_rows: Tensor, lr: float, count: int) -> Tensor:

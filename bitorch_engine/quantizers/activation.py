@@ -39,23 +39,30 @@ class ActivationQuantizer(nn.Module):
         """What one code is worth: 0-dim float32, differentiable."""
         return self.initial_scale.to(torch.float32) * self.log_gain.to(torch.float32).exp()
 
+    def reset_parameters(self) -> None:
+        """Forget scale and range: the next batch sets them."""
+        with torch.no_grad():
+            self.log_gain.zero_()
+            self.initial_scale.zero_()
+            self.low.zero_()
+        self._ready = False
+
     def prepare_(self, x: Tensor) -> None:
         """Set scale and range from a batch, once. On several ranks all take part, and all get the same."""
-        if not self._ready and x.numel():
-            self._set_from_batch_(x)
-
-    @torch.compiler.disable
-    def _set_from_batch_(self, x: Tensor) -> None:
-        if float(self.initial_scale) <= 0:  # not loaded from a checkpoint either
+        if self._ready or x.numel() == 0:
+            return
+        form = bit_format(self.bits)
+        with torch.no_grad():
             wide = x.detach().to(torch.float32)
             mean, largest, smallest = _across_ranks(wide.abs().mean(), wide.abs().amax(), wide.amin())
-            form = bit_format(self.bits)
-            signed = bool(smallest < 0) or self.bits == 1
-            high = form.high if signed else form.levels - 1
+            signed = (smallest < 0) | (self.bits == 1)
+            high = torch.where(signed, float(form.high), float(form.levels - 1))
             # 8 bits reach to the largest value; below that, Esser et al., section 2.1; a sign stands for the mean size.
-            start = mean if self.bits == 1 else largest / high if self.bits == 8 else 2 * mean / high**0.5
-            self.low.fill_(form.low if signed else 0)
-            self.initial_scale.fill_(float(start) if bool(torch.isfinite(start) & (start > 0)) else 1.0)
+            start = mean if self.bits == 1 else largest / high if self.bits == 8 else 2 * mean / high.sqrt()
+            start = torch.where(torch.isfinite(start) & (start > 0), start, 1.0)
+            loaded = self.initial_scale > 0  # from a checkpoint: its scale and range stay
+            self.low.copy_(torch.where(loaded, self.low, torch.where(signed, float(form.low), 0.0)))
+            self.initial_scale.copy_(torch.where(loaded, self.initial_scale, start))
         self._ready = True
 
     def extra_repr(self) -> str:

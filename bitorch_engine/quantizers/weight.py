@@ -33,8 +33,8 @@ def fit_scale(rows: Tensor, form: BitFormat) -> Tensor:
         better = (rows * codes).sum(1) / (codes * codes).sum(1)
         scale = torch.where(torch.isfinite(better) & (better > 0), better, scale)
     fallback = (3 * max(1, rows.shape[1])) ** -0.5 * normal_scale(form)
-    typical = scale[alive].mean() if bool(alive.any()) else scale.new_tensor(fallback)
-    return torch.where(alive, scale, typical)
+    typical = torch.where(alive, scale, 0.0).sum() / alive.sum()
+    return torch.where(alive, scale, torch.where(alive.any(), typical, fallback))
 
 
 def to_levels(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:

@@ -44,7 +44,9 @@ class QuantizedConvolution(torch.autograd.Function):
             return geometry.forward((codes * scale).to(x.dtype), weight)
         bound = _bound(weight, a_bit, weight.numel() // weight.channel_scale.numel())
         total = ops.multiply_exact(geometry.forward, codes, weight.unpack_codes(), bound)
-        return (total.to(torch.float32) * (_per_channel(weight, x) * scale)).to(x.dtype)
+        # Codes have no NaN: without this a network that has diverged would go on as if nothing had happened.
+        poison = sum(extreme * 0 for extreme in x.aminmax()) if x.numel() else 0.0  # 0, or NaN where x is not finite
+        return (total.to(torch.float32) * (_per_channel(weight, x) * scale) + poison).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -79,6 +79,8 @@ class nBitConv(nn.modules.conv._ConvNd):
         weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.weight.quantize_(weight, _initial_scale(weight, self.w_bit))
+        if self.activation is not None:
+            self.activation.reset_parameters()
         if self.bias is not None:
             bound = 1 / math.sqrt(max(1, _fan_in(weight)))
             nn.init.uniform_(self.bias, -bound, bound)
@@ -282,6 +284,8 @@ def _initial_scale(weight: Tensor, w_bit: int) -> float:
     """The scale of a new layer, from the initialization's known spread, uniform in +- 1 / sqrt(fan_in).
 
     It does not depend on the drawn values: ranks of a distributed run that drew different ones still share one grid,
-    so that DistributedDataParallel's first broadcast is exact.
+    so that DistributedDataParallel's first broadcast is exact. At 1 bit it is the standard deviation itself, with which
+    the codes have the variance of the float weights.
     """
-    return (3 * max(1, _fan_in(weight))) ** -0.5 * normal_scale(bit_format(w_bit))
+    deviation = (3 * max(1, _fan_in(weight))) ** -0.5
+    return deviation if w_bit == 1 else deviation * normal_scale(bit_format(w_bit))
