@@ -1,4 +1,4 @@
-"""Torch's operators on packed weights: reads see the dequantized weight, writes go to code and residual or are refused."""
+"""Torch's operators on packed weights: reads see the dequantized weight, writes reach code and residual or raise."""
 
 import copy
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitorch_engine import nBitConv2d, nBitConvParameter
 
 WIDTHS = range(1, 9)
+EVERY_THIRD = torch.arange(108).view(4, 3, 3, 3) % 3 == 0
 
 
 def on_grid(weight: nBitConvParameter) -> Tensor:
@@ -101,7 +102,6 @@ class TestWritesOfTheWhole:
             weight.copy_,
             weight.write_,
             lambda values: setattr(weight, "data", values),
-            lambda values: weight.set_(values) if False else weight.mul_(0).add_(0) if False else weight.copy_(values),
         ]
         for write in writes:
             torch.manual_seed(w_bit)
@@ -200,14 +200,15 @@ class TestWritesOfTheWhole:
 
     @given(st.integers(1, 8), st.floats(-0.2, 0.2), st.floats(0.5, 1.5))
     def test_in_place_arithmetic_acts_on_the_weight_with_its_residual(self, w_bit: int, add: float, mul: float) -> None:
-        weight = nBitConvParameter(
-            torch.randn(20, 50) * 0.1, w_bit=w_bit, scale=1.2 / 2**w_bit * (0.5 if w_bit == 1 else 1)
-        )
+        level = 1.2 / 256
+        step = level * 2 ** (8 - w_bit)  # of the codes
+        weight = nBitConvParameter(torch.randn(20, 50) * 0.1, w_bit=w_bit, scale=step / 2 if w_bit == 1 else step)
+        lowest = weight.format.low * float(weight.channel_scale[0]) - step / 2 + level / 2
         before = weight.level_values()
         with torch.no_grad():
             weight.mul_(mul).add_(torch.ones(20, 50), alpha=add)
-        error = weight.level_values() - (before * mul + add).clamp(-0.6, 0.6)
-        level = 1.2 / 256
+        expected = ((before * mul).clamp(lowest, lowest + 255 * level) + add).clamp(lowest, lowest + 255 * level)
+        error = weight.level_values() - expected
         assert float(error.abs().max()) < 2.01 * level
         assert abs(float(error.mean())) < 5 * level / error.numel() ** 0.5 + 0.01 * level
 
@@ -226,29 +227,34 @@ class TestWritesOfAPart:
         ("through a view of a view", lambda w: w[0][1].zero_()),
         ("through view_as and copy_", lambda w: w.view_as(torch.zeros(w.shape)).copy_(torch.zeros(w.shape))),
         ("with index_fill_", lambda w: w.index_fill_(0, torch.tensor([1]), 0.25)),
-        ("with masked_fill_", lambda w: w.masked_fill_(w > 0, 0.25)),
-        ("with a boolean mask", lambda w: w.__setitem__(w > 0, 0.25)),
-        ("into out=", lambda w: torch.add(torch.zeros(w.shape), 1.0, out=w)),
-        ("into a view's out=", lambda w: torch.add(torch.zeros(w[0].shape), 1.0, out=w[0])),
+        ("with masked_fill_", lambda w: w.masked_fill_(EVERY_THIRD, 0.25)),
+        ("with a boolean mask", lambda w: w.__setitem__(EVERY_THIRD, 0.25)),
+        ("into out=", lambda w: torch.add(torch.zeros(w.shape), 0.25, out=w)),
+        ("into a view's out=", lambda w: torch.add(torch.zeros(w[0].shape), 0.25, out=w[0])),
     )
 
     @pytest.mark.parametrize("write", [f for _, f in WRITES], ids=[name for name, _ in WRITES])
     def test_a_write_arrives_or_is_refused_but_never_lost(self, write: Callable[[Tensor], Any]) -> None:
         weight = nBitConvParameter(torch.randn(4, 3, 3, 3) * 0.2, w_bit=4)
-        dense, before = weight.level_values().view(weight.shape).clone(), weight.level_values().view(weight.shape)
+        # every weight at the middle of its code, so that a mask is the same for code and residual as for the code
+        weight.drop_residual_().load_training_state_(
+            weight.training_state() | {"residual": torch.full((54,), 0x88).byte()}
+        )
+        before = weight.level_values().view(weight.shape)
+        dense = before.clone()
         write(dense)
-        try:
-            with torch.no_grad():
+        with torch.no_grad():
+            try:
                 write(weight)
-        except NotImplementedError as error:
-            assert "packed weight" in str(error)
-            assert torch.equal(weight.level_values().view(weight.shape), before)
+            except NotImplementedError as refusal:
+                message = str(refusal)
+            else:
+                message = None
+        values = weight.level_values().view(weight.shape)
+        if message is None:
+            assert float((values - dense).abs().max()) < 1.01 * float(weight.channel_scale.max()) / 16
         else:
-            level = float(weight.channel_scale.max()) / 16
-            reach = 8 * float(weight.channel_scale.min())
-            values = weight.level_values().view(weight.shape)
-            assert float((values - dense.clamp(-reach, reach)).abs().max()) < max(1.01 * level, 0.6 * 16 * level)
-            assert float((values - before).abs().max()) > level
+            assert "packed weight" in message and torch.equal(values, before)
 
 
 class TestInitialization:
@@ -288,10 +294,12 @@ class TestInitialization:
         torch.manual_seed(1)
         try:
             fill(weight)
-        except NotImplementedError as error:
-            assert "quantize_" in str(error)  # says what to do instead
+        except NotImplementedError as refusal:
+            message = str(refusal)
         else:
-            assert float((weight.dequantize() - dense).abs().max()) < 0.05
+            message = None
+        # a refusal says what to do instead
+        assert "quantize_" in message if message else float((weight.dequantize() - dense).abs().max()) < 0.05
 
 
 class Regression(nn.Module):
@@ -307,9 +315,13 @@ class Regression(nn.Module):
     def loss(self) -> Tensor:
         return F.mse_loss(self.layer(self.x), self.y)
 
+    def loss_now(self) -> float:
+        with torch.no_grad():
+            return float(self.loss())
+
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.2),
     "SGD with momentum and decay": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-4),
     "SGD with Nesterov momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
@@ -335,8 +347,7 @@ class TestOptimizers:
     def test_any_optimizer_of_torch_trains_it(self, optimizer_for: Callable[[Any], torch.optim.Optimizer]) -> None:
         task = Regression()
         optimizer = optimizer_for(task.parameters())
-        codes, scale, first = task.layer.weight.codes, task.layer.weight.channel_scale.clone(), float(task.loss())
-        assert float(task.loss()) > 0.2
+        codes, scale, first = task.layer.weight.codes, task.layer.weight.channel_scale.clone(), task.loss_now()
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -349,7 +360,7 @@ class TestOptimizers:
         assert type(task.layer.weight) is nBitConvParameter
         assert not torch.equal(task.layer.weight.codes, codes)
         assert torch.equal(task.layer.weight.channel_scale, scale)
-        assert float(task.loss()) < 0.65 * first
+        assert task.loss_now() < 0.65 * first
         for state in optimizer.state.values():
             assert not any(isinstance(value, nBitConvParameter) for value in state.values())
 
