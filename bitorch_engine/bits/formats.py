@@ -37,7 +37,7 @@ class BitFormat:
         """uint8 index of integer codes, any shape. Raises ValueError where a code is not one of this format's."""
         wide = codes.to(torch.int64)
         valid = (wide >= self.low) & (wide <= self.high) & ((wide - self.low) % self.step == 0)
-        if not bool(valid.all()):
+        if codes.device.type != "meta" and not bool(valid.all()):
             wrong = wide[~valid][0].item()
             raise ValueError(f"codes of {self.bits} bits are {self._range()}, got {wrong}; choose a wider w_bit.")
         return (wide - self.low).div(self.step, rounding_mode="floor").to(torch.uint8)

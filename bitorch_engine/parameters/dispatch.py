@@ -120,8 +120,7 @@ def _randomize_(func: Any, x: "PackedParameter", *args: Any, **kwargs: Any) -> "
 def _fill_(func: Any, x: "PackedParameter", value: Any = 0) -> "PackedParameter":
     """Zero, and what the grid of codes has, is written with the scale there is; another constant brings its own."""
     values = torch.empty(x.shape, dtype=torch.float32, device=x.device).fill_(value)
-    inside = values.abs().amax() <= x.channel_scale.amin() if x.numel() else True
-    if bool(inside):
+    if float(value) == 0 or x.on_grid(x.to_rows(values)) is not None:
         x.write_(values)
     else:
         x.quantize_(values)

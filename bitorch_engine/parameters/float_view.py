@@ -40,6 +40,7 @@ class FloatView(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         written = [a for a, spec in zip(args, func._schema.arguments, strict=False) if is_written(spec)]
+        written.append((kwargs or {}).get("out"))
         if func.namespace != "c10d" and any(isinstance(a, cls) for a in written):
             raise NotImplementedError(
                 "a view of a packed weight cannot be written to: write the whole weight (copy_, or quantize_ for a new "

@@ -88,7 +88,7 @@ class PackedParameter(nn.Parameter):
             if data.device.type != "meta" and not bool(torch.isfinite(data).all()):
                 raise ValueError("data has NaN or Inf entries; a weight must be finite to be quantized.")
             channel_scale = _channel_scale(fit_scale(rows, form) if scale is None else scale, rows)
-            levels = to_levels(rows, channel_scale, form).view(-1)
+            levels = to_levels(rows, channel_scale, form).reshape(-1)
             packed = pack(levels >> form.hidden_bits, w_bit, check=False)
             residual = _pack_residual(levels, form)
         else:
@@ -157,6 +157,17 @@ class PackedParameter(nn.Parameter):
         """The dequantized weight as nested lists."""
         return self.dequantize().tolist()
 
+    def share_memory_(self) -> "PackedParameter":
+        """Move what is stored to memory that other processes can share."""
+        for inner in self._inner().values():
+            if inner is not None:
+                inner.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes can share what is stored."""
+        return self.packed.is_shared()
+
     def unpack_codes(self) -> Tensor:
         """``codes`` as a method, for code that torch.compile traces: it takes a property for a stored tensor."""
         return self.from_rows(self._row_codes())
@@ -174,7 +185,7 @@ class PackedParameter(nn.Parameter):
         if not groups:
             return rows.view(self.shape)
         grouped = rows.view(groups, self.shape[1], self.shape[0] // groups, *self.shape[2:])
-        return grouped.transpose(1, 2).reshape(self.shape)
+        return grouped.transpose(1, 2).reshape(self.shape).contiguous()
 
     # -- training state -----------------------------------------------------------------------------------------------
 
@@ -301,17 +312,25 @@ class PackedParameter(nn.Parameter):
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("cannot write NaN or Inf into a packed weight; nothing was changed.")
         form = self.format
-        levels = to_levels(rows, self.channel_scale, form)
-        index = levels >> form.hidden_bits
-        grid = (form.codes(index) * self.channel_scale[:, None]).to(rows.dtype)
-        if bool((grid == rows).all()) or bool((grid.to(self.dtype).to(rows.dtype) == rows).all()):
-            index = index.view(-1)
+        index = self.on_grid(rows)
+        if index is not None:
             self.packed.copy_(pack(index, self.w_bit, check=False))
             if self.residual is not None:
                 self.residual.copy_(_pack_residual(ops.dither_levels(index, form, 0), form))
         else:
             self._add_(rows - self.level_values())
         torch.autograd.graph.increment_version(self)
+
+    def on_grid(self, rows: Tensor) -> Tensor | None:
+        """The indices, uint8 1-D, of (R, K) floats that are all values of codes; None where one is not.
+
+        A value may have been rounded to the parameter's dtype on its way.
+        """
+        form = self.format
+        index = to_levels(rows, self.channel_scale, form) >> form.hidden_bits
+        grid = (form.codes(index) * self.channel_scale[:, None]).to(rows.dtype)
+        exact = bool((grid == rows).all()) or bool((grid.to(self.dtype).to(rows.dtype) == rows).all())
+        return index.reshape(-1) if exact else None
 
     def level_values(self) -> Tensor:
         """The weight with its residual, (R, K) float32: what an in-place operator reads and moves."""
@@ -474,7 +493,7 @@ def _channel_scale(scale: Tensor | float, rows: Tensor) -> Tensor:
 def _pack_residual(levels: Tensor, form: BitFormat) -> Tensor:
     if form.hidden_bits == 0:
         return levels.new_empty(0)
-    return pack(levels.view(-1) & ((1 << form.hidden_bits) - 1), form.hidden_bits, check=False)
+    return pack(levels.reshape(-1) & ((1 << form.hidden_bits) - 1), form.hidden_bits, check=False)
 
 
 def _refuse_other_layout(data: PackedParameter, *wanted: Any) -> None:
