@@ -290,6 +290,13 @@ def goals(measurements: Iterable[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def peak_place(result: dict[str, Any]) -> str:
+    """The operator of the peak, without what it calls to allocate, and the largest blocks."""
+    path = [name for name in result["peak_at"].split(" > ") if not name.startswith("aten::empty")]
+    blocks = ", ".join(f"{size / 1e6:.0f}" for size, _ in result["peak_blocks"][:5])
+    return f"`{path[-1]}`; {blocks}"
+
+
 def report(record: dict[str, Any]) -> str:
     """results/memory.md."""
     measurements = record["measurements"]
@@ -306,6 +313,7 @@ def report(record: dict[str, Any]) -> str:
         "## Goals",
         goals(measurements),
         "## Where the peaks are",
-        "\n".join(f"- {Setting(**m['run']['setting']).name}: in `{m['result']['peak_at']}`" for m in measurements),
+        "The operator in which most memory is in use, and the largest blocks at that moment, in MB.",
+        "\n".join(f"- {Setting(**m['run']['setting']).name}: {peak_place(m['result'])}" for m in measurements),
     ]
     return "\n\n".join([*parts, caption(record)]) + "\n"

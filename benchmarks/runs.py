@@ -26,7 +26,7 @@ def measure(
     jobs: int,
     fresh_process: bool = False,
 ) -> list[Measurement]:
-    """``function(run)`` for every run, in ``jobs`` processes of one thread each, in the order of ``runs``.
+    """``function(run)`` for each run, in their order, and what else was done before; ``jobs`` processes of one thread.
 
     Each measurement is written to ``runs/benchmarks/<name>.jsonl`` as it arrives; one that is there already is not
     repeated. Delete the file to begin anew. fresh_process: each run in a process that did nothing else.
@@ -49,7 +49,8 @@ def measure(
                 file.write(json.dumps(measured) + "\n")
                 file.flush()
                 progress.advance(task)
-    return [done[_key(run)] for run in runs]
+    asked = {_key(run): done[_key(run)] for run in runs}
+    return list((asked | done).values())
 
 
 def read_partial(path: Path) -> list[Measurement]:

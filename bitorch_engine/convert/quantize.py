@@ -96,12 +96,15 @@ def quantize_(
     w_bit, a_bit, g_bit, learn_scale: as for ``nBitConv2d``.
     skip: names, or patterns such as ``"layer4.*"`` (fnmatch), of modules to leave as they are.
     overrides: settings for modules by name or pattern, ``{"conv1": {"w_bit": 8, "a_bit": None}}``. The last one wins.
-    Raises ValueError for bits that do not exist, and for a pattern that matches no layer; the model is unchanged then.
+    Raises ValueError for bits that do not exist, and for a pattern that matches nothing (for overrides: no layer that
+    can be converted); the model is unchanged then.
     """
     skip = [skip] if isinstance(skip, str) else list(skip)
     overrides = dict(overrides or {})
     defaults = {"w_bit": w_bit, "a_bit": a_bit, "g_bit": g_bit, "learn_scale": learn_scale}
     for override in ({}, *overrides.values()):
+        if not isinstance(override, Mapping):
+            raise TypeError(f'overrides maps names to settings such as {{"w_bit": 8}}, got {override!r}.')
         if unknown := override.keys() - defaults.keys():
             raise ValueError(f"overrides may set {', '.join(defaults)}, got {', '.join(sorted(unknown))}.")
         settings = {**defaults, **override}
@@ -110,9 +113,11 @@ def quantize_(
     layers = {
         name: (module, weight) for name, module in model.named_modules() if (weight := _weight(module)) is not None
     }
-    for pattern in (*skip, *overrides):
-        if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
-            raise ValueError(f"{pattern!r} matches no module; this model has layers {', '.join(map(repr, layers))}.")
+    convertible = [name for name, (module, _) in layers.items() if why_not(module) is None]
+    names = [name for name, _ in model.named_modules()]
+    for pattern, candidates in [*((p, names) for p in skip), *((p, convertible) for p in overrides)]:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise ValueError(f"{pattern!r} matches no layer; to convert there are {', '.join(map(repr, convertible))}.")
     reasons = {name: "as asked" if _inside(name, skip) else why_not(module) for name, (module, _) in layers.items()}
     for name, (_, weight) in layers.items():
         if reasons[name] is None and not bool(torch.isfinite(weight).all()):

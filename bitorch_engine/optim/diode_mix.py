@@ -1,5 +1,6 @@
 """The optimizer for models that mix packed and float parameters."""
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -78,6 +79,8 @@ class DiodeMix(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _check_group(group)
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for _, p in work:
             check_finite(p.grad)
@@ -188,9 +191,15 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if not float(group[name]) >= 0:
             raise ValueError(f"{name} must be at least 0, got {group[name]}.")
+        if math.isinf(group[name]):
+            raise ValueError(f"{name} must be finite, got {group[name]}.")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas must be at least 0 and below 1, got {(beta1, beta2)}.")
     if memory not in _MOMENT_DTYPES:
         raise ValueError(f"memory must be one of {', '.join(_MOMENT_DTYPES)}, got {memory!r}.")
+    if not isinstance(group["dtype"], torch.dtype) or not group["dtype"].is_floating_point:
+        raise TypeError(f"dtype must be a floating point type, got {group['dtype']}.")
+    if "rank" in group:
+        GaLoreProjector(group["rank"], **_galore_options(group))  # raises where it cannot be
     if memory == "channel" and "rank" in group:
         raise ValueError("memory='channel' needs the gradient of every channel and cannot go with GaLore's rank.")

@@ -26,12 +26,15 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
     handler = _HANDLERS.get(func)
     if handler is not None and isinstance(args[0], packed_type):
         return handler(func, *args, **kwargs)
+    if func.namespace == "c10d":
+        return _communicate(packed_type, func, args, kwargs)
     if func._schema.is_mutable:
         return _mutate(packed_type, func, args, kwargs)
+    recorded = torch.is_grad_enabled() and any(isinstance(a, packed_type) and a.requires_grad for a in args)
     args, kwargs = _dequantize((args, kwargs), packed_type)
     result = func(*args, **kwargs)
-    if torch.is_grad_enabled() or not any(returned.alias_info for returned in func._schema.returns):
-        return result  # with gradients on, autograd itself refuses to write through a view of a leaf
+    if recorded or not any(returned.alias_info for returned in func._schema.returns):
+        return result  # autograd itself refuses to write through a view of a leaf that requires grad
     return tree_map(lambda out: FloatView(out) if type(out) is Tensor else out, result)
 
 
@@ -137,8 +140,6 @@ def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ..
         if i < len(args)
     )
     if in_lists:
-        if func.namespace == "c10d" and "broadcast_" in schema.name:
-            return _broadcast(packed_type, func, args, kwargs)
         raise NotImplementedError(
             f"{func} writes lists of tensors and is not supported for packed weights; for an optimizer, pass "
             "foreach=False and fused=False, or use bitorch_engine.optim.DiodeMix."
@@ -157,8 +158,15 @@ def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ..
     return x
 
 
-def _broadcast(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch.distributed.broadcast of a packed weight: what it stores is sent, so that all ranks hold the same bits."""
+def _communicate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch.distributed.broadcast of a packed weight sends what it stores, so that all ranks hold the same bits.
+
+    Other collectives would write to a copy; their schemas do not say that they write.
+    """
+    if func._schema.name != "c10d::broadcast_":
+        raise NotImplementedError(
+            f"{func} is not supported for packed weights: reduce their gradients, or broadcast them."
+        )
     (tensor,) = args[0]
     tensor.require_residual_()
     tensor.noise_seed = None

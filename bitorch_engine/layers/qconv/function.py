@@ -40,12 +40,12 @@ class QuantizedConvolution(torch.autograd.Function):
         index, beyond = quantize_activation(x, scale, low, a_bit)
         ctx.save_for_backward(weight, pack(index, a_bit, check=False), pack(beyond, 1, check=False), scale, low)
         codes = activation_codes(index, low, a_bit)
-        if not isinstance(weight, PackedParameter):
-            return geometry.forward((codes * scale).to(x.dtype), weight)
-        bound = _bound(weight, a_bit, weight.numel() // weight.channel_scale.numel())
-        total = ops.multiply_exact(geometry.forward, codes, weight.unpack_codes(), bound)
         # Codes have no NaN: without this a network that has diverged would go on as if nothing had happened.
         poison = sum(extreme * 0 for extreme in x.aminmax()) if x.numel() else 0.0  # 0, or NaN where x is not finite
+        if not isinstance(weight, PackedParameter):
+            return geometry.forward((codes * scale + poison).to(x.dtype), weight.to(x.dtype))
+        bound = _bound(weight, a_bit, weight.numel() // weight.channel_scale.numel())
+        total = ops.multiply_exact(geometry.forward, codes, weight.unpack_codes(), bound)
         return (total.to(torch.float32) * (_per_channel(weight, x) * scale) + poison).to(x.dtype)
 
     @staticmethod

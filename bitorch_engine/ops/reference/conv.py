@@ -66,4 +66,7 @@ def multiply_exact(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Te
     with the right one of them no addition rounds, in whatever order it is done.
     """
     dtype = torch.float32 if bound <= 1 << 24 else torch.float64
-    return product(a.to(dtype), b.to(dtype))
+    if not torch.amp.is_autocast_available(a.device.type):
+        return product(a.to(dtype), b.to(dtype))
+    with torch.autocast(a.device.type, enabled=False):  # it would round the operands to 8 or 11 bits
+        return product(a.to(dtype), b.to(dtype))

@@ -1,5 +1,6 @@
 """Convolutions whose weight is 1 to 8 bits: the parameter, the six layers, and the base class of bitorch-engine."""
 
+import inspect
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ class nBitConvParameter(PackedParameter):
 
 
 class nBitConv(nn.modules.conv._ConvNd):
-    """What the six layers share; mixed in before their torch.nn class, whose geometry and checks they keep.
+    """What the six layers share; it stands before their torch.nn class, whose geometry and checks they keep.
 
     w_bit: bits of the weight, 1 to 8.
     a_bit: bits of the input, quantized with a learned scale; None: float.
@@ -44,6 +45,20 @@ class nBitConv(nn.modules.conv._ConvNd):
         super().__init__(*args, **kwargs)
         weight = self.weight
         self.quantize_(w_bit, a_bit, g_bit, scale=_initial_scale(weight, w_bit), learn_scale=learn_scale)
+
+    def __init_subclass__(cls) -> None:
+        """Show torch.nn's arguments and ours in help() and in editors."""
+        if "__init__" in cls.__dict__:
+            own = list(inspect.signature(cls.__init__).parameters.values())
+            cls.__signature__ = inspect.Signature(own[1:])  # type: ignore[attr-defined]
+            return
+        for base in cls.__mro__:
+            if "__init__" in base.__dict__ and not issubclass(base, nBitConv):
+                theirs = list(inspect.signature(base).parameters.values())
+                ours = list(inspect.signature(nBitConv.__init__).parameters.values())
+                keywords = [p for p in ours if p.kind is inspect.Parameter.KEYWORD_ONLY]
+                cls.__signature__ = inspect.Signature([*theirs, *keywords])  # type: ignore[attr-defined]
+                return
 
     def quantize_(
         self,
@@ -102,7 +117,7 @@ class nBitConv(nn.modules.conv._ConvNd):
             self.activation.prepare_(batched)
             scale, low = self.activation.scale, self.activation.low
         weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             batched = batched.to(torch.get_autocast_dtype(x.device.type))
         geometry = ops.Convolution(
             self.stride, padding, self.dilation, self.transposed, output_padding or (0,) * spatial, self.groups, pad
@@ -180,7 +195,12 @@ class nBitConv1d(_Forward, nn.Conv1d):
 class nBitConv2d(_Forward, nn.Conv2d):
     """``torch.nn.Conv2d`` with a weight of 1 to 8 bits that is stored, and trained, packed.
 
-    Takes torch.nn.Conv2d's arguments, then by keyword ``w_bit=4, a_bit=None, g_bit=None, learn_scale=False``.
+    Takes torch.nn.Conv2d's arguments, then by keyword:
+
+    w_bit: bits of the weight, 1 to 8.
+    a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float.
+    g_bit: bits of the gradient on its way into the two backward convolutions, 2 to 8; None: float.
+    learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
     """
 
 

@@ -1,4 +1,4 @@
-"""The six layers agree with torch.nn on dequantized weights and fake-quantized inputs, and keep only codes for backward.
+"""The layers agree with torch.nn on dequantized weights and fake-quantized inputs, and keep only codes for backward.
 
 Geometry is torch.nn's: each layer has a float64 twin of its torch.nn class with the same arguments.
 """
@@ -165,7 +165,8 @@ def problems(draw: Any, kind: Any, g_bits: tuple[int | None, ...] = (None, None,
         arguments["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     arguments |= {"stride": stride, "padding": padding}
     reach = [d * (k - 1) + 1 for d, k in zip(full(dilation), full(kernel), strict=True)]
-    size = [max(3, r) + draw(st.integers(0, 3)) for r in reach]  # wide enough to reflect 2 elements
+    # Wide enough to reflect 2 elements, or to have as many cropped on both sides.
+    size = [max(5 if transposed else 3, r) + draw(st.integers(0, 3)) for r in reach]
     batch = draw(st.sampled_from([(), (0,), (1,), (3,)]))
     shape = (*batch, arguments["in_channels"], *size)
     varied = arguments.get("g_bit") is None and draw(st.booleans())
@@ -187,7 +188,7 @@ def net(**bits: Any) -> nn.Sequential:
 class TestAgreesWithTorch:
     @ALL
     @same_with_even_kernels
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(data=st.data())
     def test_output_and_gradients(self, kind: Any, data: Any) -> None:
         problem = data.draw(problems(kind))
@@ -217,7 +218,7 @@ class TestAgreesWithTorch:
         x = torch.randn(2, 3, 7, 6).relu() if unsigned else torch.randn(2, 3, 7, 6)
         assert_near(measured(layer, x), reference(layer, x))
         low = 0 if unsigned and a_bit > 1 else -1 if a_bit == 1 else -(2 ** (a_bit - 1))
-        assert float(layer.activation.low) == low and float(layer.activation.scale) > 0
+        assert float(layer.activation.low) == low and float(layer.activation.scale.detach()) > 0
 
     @pytest.mark.parametrize("w_bit", WIDTHS)
     @pytest.mark.parametrize("a_bit", [None, 3])
@@ -228,7 +229,7 @@ class TestAgreesWithTorch:
     def test_inputs_beyond_the_range_are_clipped_and_get_no_gradient(self) -> None:
         layer = nBitConv1d(1, 1, 1, w_bit=8, a_bit=2, bias=False)
         layer(torch.tensor([[[-1.0, 1.0]]]))
-        scale = float(layer.activation.scale)
+        scale = float(layer.activation.scale.detach())
         x = torch.tensor([[[-9.0, -2.1, -1.9, 0.0, 0.9, 1.1, 9.0]]]) * scale
         found = measured(layer, x)
         weight = layer.weight.dequantize().view(())
@@ -297,7 +298,7 @@ class TestExactness:
         codes[0, ::3, 1] = 254
         y = layer(codes.float() / 255)
         assert float((255 * 127 * half).sum()) > 2**24  # on the way there
-        assert_exact(layer, y, codes, layer.activation.scale)
+        assert_exact(layer, y.detach(), codes, layer.activation.scale.detach())
 
     @pytest.mark.parametrize("g_bit", [2, 4, 8])
     @pytest.mark.parametrize("kind", list(TWINS)[:6], ids=lambda kind: kind.__name__)
@@ -324,7 +325,7 @@ class TestGradientBits:
 
     @pytest.mark.parametrize("packed", [True, False], ids=["packed", "float weight"])
     @pytest.mark.parametrize("a_bit", [None, 3])
-    @pytest.mark.parametrize("g_bit", [2, 3, 8])
+    @pytest.mark.parametrize("g_bit", [2, 8])
     @pytest.mark.parametrize("kind", [nBitConv2d, nBitConvTranspose1d], ids=lambda kind: kind.__name__)
     def test_the_mean_of_many_is_the_exact_gradient(
         self, kind: Any, g_bit: int, a_bit: int | None, packed: bool
@@ -371,7 +372,14 @@ class TestGradientBits:
         assert torch.equal(found["weight"], torch.zeros(layer.weight.shape))
         if a_bit is not None:
             assert float(layer.activation.initial_scale) == 0  # still to be set, by the first batch with elements
-            assert layer.activation.log_gain.grad is None or float(layer.activation.log_gain.grad) == 0
+
+    @pytest.mark.parametrize("ready", [True, False], ids=["later batch", "first batch"])
+    def test_an_empty_batch_says_nothing_about_the_activations_scale(self, ready: bool) -> None:
+        layer = nBitConv2d(3, 4, 3, a_bit=4)
+        if ready:
+            layer(torch.randn(2, 3, 5, 5))
+        layer(torch.randn(0, 3, 5, 5)).sum().backward()
+        assert layer.activation.log_gain.grad is None or float(layer.activation.log_gain.grad) == 0
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_a_gradient_that_is_not_finite_is_not_hidden(self, value: float) -> None:
@@ -384,7 +392,7 @@ class TestGradientBits:
 
 class TestNaN:
     @pytest.mark.parametrize("packed", [True, False], ids=["packed", "float weight"])
-    @pytest.mark.parametrize("a_bit", [1, 4, 8])
+    @pytest.mark.parametrize("a_bit", [1, 8])
     @pytest.mark.parametrize("ready", [True, False], ids=["later batch", "first batch"])
     def test_nan_comes_out_where_it_went_in(self, a_bit: int, ready: bool, packed: bool) -> None:
         layer, x = nBitConv2d(3, 4, 3, a_bit=a_bit), torch.randn(1, 3, 5, 5)
@@ -462,6 +470,7 @@ class TestErrors:
 
 
 class TestComposesWithTorch:
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
     def test_compile_equals_eager(self) -> None:
         eager = net(a_bit=8, g_bit=8)
         x = torch.randn(2, 3, 7, 8)
