@@ -68,7 +68,17 @@ class PackedParameter(nn.Parameter):
         if not isinstance(data, Tensor):
             raise TypeError(f"data must be a tensor or None, got {type(data).__name__}.")
         if isinstance(data, PackedParameter):
-            _refuse_other_layout(data, w_bit, scale, dtype, device, transposed or None, learn_scale or None)
+            other_layout = transposed and data.transposed_groups != groups
+            if (
+                other_layout
+                or learn_scale > data.learn_scale
+                or w_bit not in (None, data.w_bit)
+                or any(value is not None for value in (scale, dtype, device))
+            ):
+                raise ValueError(
+                    "data is packed already: its bits, scale, layout, dtype and device stay. To change them, pass its "
+                    "dequantize()."
+                )
             return cls._wrap(data._inner(), data._meta(), data.shape, data.dtype, requires_grad)
         if data.dim() == 0:
             raise ValueError("data must have at least one dimension, output channels first, got a number.")
@@ -494,14 +504,6 @@ def _pack_residual(levels: Tensor, form: BitFormat) -> Tensor:
     if form.hidden_bits == 0:
         return levels.new_empty(0)
     return pack(levels.reshape(-1) & ((1 << form.hidden_bits) - 1), form.hidden_bits, check=False)
-
-
-def _refuse_other_layout(data: PackedParameter, w_bit: int | None, *others: Any) -> None:
-    if w_bit not in (None, data.w_bit) or any(value is not None for value in others):
-        raise ValueError(
-            "data is packed already: its bits, scale, layout, dtype and device stay. To change them, pass its "
-            "dequantize()."
-        )
 
 
 torch.serialization.add_safe_globals([PackedParameter, _rebuild])

@@ -54,7 +54,7 @@ def test_info_names_versions_and_devices() -> None:
         (["train", "--data", "nowhere"], "Error: data must be 'digits', a folder"),
         (["train", "--model", "vgg"], "Error: model must be cnn, resnet or package.module:callable, got vgg"),
         (["train", "--device", "tpu"], "Error: cannot compute on the device tpu"),
-        (["train", "--skip", "tail"], "Error: cnn cannot be converted as asked: 'tail' matches no module"),
+        (["train", "--skip", "tail"], "Error: cnn cannot be converted as asked: 'tail' matches no layer"),
         (["train", "--skip", "conv*"], "Error: no convolution of cnn is left to convert"),
         (["train", "--resume", "nowhere"], "Error: nowhere is not the folder of a run"),
         (["train", "--resume", "run", "--lr", "1"], "Error: a resumed run keeps its settings; leave --lr out"),
