@@ -1,10 +1,12 @@
-"""What can be computed on codes. Every op is defined by its plain-PyTorch reference."""
+"""What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
+from bitorch_engine.ops import cpu
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
 from bitorch_engine.ops.reference.moments import moment_fits, new_moment
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
 from bitorch_engine.ops.reference.update import SLICE, add_, direction_, level_rate, tree_sum, update_
+from bitorch_engine.ops.schemas import pack, unpack
 
 __all__ = [
     "SLICE",
@@ -19,8 +21,12 @@ __all__ = [
     "new_moment",
     "noise_bits",
     "noise_key",
+    "pack",
     "store_levels_",
     "tree_sum",
     "uniform24",
+    "unpack",
     "update_",
 ]
+
+cpu.register()

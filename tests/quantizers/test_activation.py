@@ -8,12 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitorch_engine.quantizers.activation import (
-    ActivationQuantizer,
-    activation_codes,
-    activation_grads,
-    quantize_activation,
-)
+from bitorch_engine.ops.reference.activation import activation_codes, activation_grads, quantize_activation
+from bitorch_engine.quantizers.activation import ActivationQuantizer
 
 WIDTHS = range(1, 9)
 

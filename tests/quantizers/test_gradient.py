@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bitorch_engine.quantizers.gradient import new_seed, quantize_gradient
+from bitorch_engine.ops.reference.gradient import quantize_gradient
+from bitorch_engine.quantizers.gradient import new_seed
 
 WIDTHS = range(2, 9)
 

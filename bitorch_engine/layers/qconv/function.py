@@ -8,9 +8,10 @@ from torch import Tensor
 
 from bitorch_engine import ops
 from bitorch_engine.bits import pack, unpack
+from bitorch_engine.ops.reference.activation import activation_codes, activation_grads, quantize_activation
+from bitorch_engine.ops.reference.gradient import quantize_gradient
 from bitorch_engine.parameters import PackedParameter
-from bitorch_engine.quantizers.activation import activation_codes, activation_grads, quantize_activation
-from bitorch_engine.quantizers.gradient import new_seed, quantize_gradient
+from bitorch_engine.quantizers.gradient import new_seed
 
 
 class QuantizedConvolution(torch.autograd.Function):

@@ -55,7 +55,7 @@ def fake_quantize(x: Tensor, layer: Any) -> Tensor:
     if layer.a_bit is None:
         return x
     scale, low, levels = layer.activation.scale.detach(), layer.activation.low, 2**layer.a_bit
-    ratio = x.detach().to(torch.float32) / scale
+    ratio = x.detach().to(torch.float32) * (1 / scale)
     if layer.a_bit == 1:
         codes, inside = torch.where(ratio >= 0, 1.0, -1.0), ratio.abs() <= 1
     else:
@@ -280,7 +280,7 @@ class TestExactness:
             layer.activation.log_gain.fill_(0.1)
             y = layer(x)
             scale, low = layer.activation.scale, int(layer.activation.low)
-            codes = (x / scale).round().clamp(low, low + 2**a_bit - 1).long()
+            codes = (x * (1 / scale)).round().clamp(low, low + 2**a_bit - 1).long()
             codes = torch.where(x >= 0, 1, -1) if a_bit == 1 else codes
         assert_exact(layer, y, codes, scale)
 

@@ -1,0 +1,30 @@
+"""The compiled kernels of csrc/ as implementations of the ops for CPU tensors.
+
+A file here has the stem of the op's file in ``ops/reference/``. Each function takes what the op takes, and hands to the
+reference what its kernel does not do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from bitorch_engine.ops.cpu import bits
+from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
+from bitorch_engine.ops.library import implement, wanted_backend
+
+__all__ = ["available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "pack": bits.pack,
+    "unpack": bits.unpack,
+}
+"""One row per op that has kernels; feeds registration and the agreement tests."""
+
+
+def register() -> None:
+    """Put the kernels over the reference, where the library is there and another backend is not asked for."""
+    wanted = wanted_backend()
+    if LIBRARY is None and wanted == "cpu":
+        raise RuntimeError(f"BITORCH_ENGINE_BACKEND=cpu, but the CPU kernels are not there: {why_not_loaded()}")
+    if LIBRARY is not None and wanted != "reference":
+        for name, function in IMPLEMENTATIONS.items():
+            implement(name, function, "CPU")

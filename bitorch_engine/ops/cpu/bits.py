@@ -1,0 +1,27 @@
+"""Packing and unpacking of 1 to 8 bit values."""
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.bits import packed_size
+from bitorch_engine.ops.cpu.loading import INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.reference import bits as reference
+
+_pack = function("be_pack", POINTER, POINTER, INT64, INT, INT)
+_unpack = function("be_unpack", POINTER, POINTER, INT64, INT, INT)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    values = values.contiguous()
+    packed = torch.empty(packed_size(values.numel(), bits), dtype=torch.uint8)
+    _pack(values.data_ptr(), packed.data_ptr(), values.numel(), bits, threads())
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    if packed.numel() != packed_size(count, bits):
+        return reference.unpack(packed, bits, count)  # which says what is wrong
+    packed = packed.contiguous()
+    values = torch.empty(count, dtype=torch.uint8)
+    _unpack(packed.data_ptr(), values.data_ptr(), count, bits, threads())
+    return values

@@ -1,0 +1,76 @@
+"""The geometry of a convolution as the C++ kernels take it."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+_Triple = ctypes.c_int64 * 3
+
+
+class Geometry(ctypes.Structure):
+    """csrc/runtime/geometry.h: a convolution that is not transposed, always with three spatial dimensions."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("in_channels", ctypes.c_int64),
+        ("out_channels", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("in_", _Triple),
+        ("kernel", _Triple),
+        ("stride", _Triple),
+        ("dilation", _Triple),
+        ("pad", _Triple),
+        ("out", _Triple),
+    )
+
+    @property
+    def address(self) -> int:
+        """What a kernel takes."""
+        return ctypes.addressof(self)
+
+
+def geometry(
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad: Sequence[int] = (),
+) -> Geometry:
+    """Of a convolution, not transposed, of an input of ``shape``, (N, C, *spatial). Arguments as ``ops.Convolution``.
+
+    One object per set of arguments: do not write to it.
+    """
+    return _geometry(
+        tuple(shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(pad)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _geometry(
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    pad: tuple[int, ...],
+) -> Geometry:
+    rank = len(shape) - 2
+    before = [padding[i] + (pad[2 * (rank - 1 - i)] if pad else 0) for i in range(rank)]
+    after = [padding[i] + (pad[2 * (rank - 1 - i) + 1] if pad else 0) for i in range(rank)]
+    out = [
+        (shape[2 + i] + before[i] + after[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(rank)
+    ]
+    fields: list[tuple[Sequence[int], int]] = [
+        (shape[2:], 1),
+        (weight_shape[2:], 1),
+        (stride, 1),
+        (dilation, 1),
+        (before, 0),
+        (out, 1),
+    ]
+    triples = [_Triple(*[fill] * (3 - rank), *values) for values, fill in fields]
+    return Geometry(shape[0], shape[1], weight_shape[0], groups, *triples)

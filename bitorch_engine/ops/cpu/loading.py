@@ -1,0 +1,101 @@
+"""Loading of the compiled library, and which of its instruction sets are used."""
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch  # first: the kernels then share the OpenMP threads of torch
+
+ISAS = ("scalar", "neon", "avx2", "avx512", "amx")
+"""Names of csrc/runtime/isa.h's numbers. avx512: with VNNI, VBMI and VPOPCNTDQ (Ice Lake, Zen 4 and later)."""
+
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+_PATH = Path(__file__).with_name(f"libbitorch_engine_cpu{_SUFFIX}")
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if not _PATH.exists():
+        return None, "the installation did not compile them (a C++17 compiler is needed: then `pip install` again)."
+    try:
+        return ctypes.CDLL(str(_PATH)), ""
+    except OSError as error:
+        return None, f"the library does not load: {error}"
+
+
+LIBRARY, _WHY_NOT = _load()
+
+
+def why_not_loaded() -> str:
+    """Why the kernels are not there; empty where they are."""
+    return _WHY_NOT
+
+
+def function(name: str, *argument_types: Any, result: Any = None) -> Any:
+    """A function of the library; where that is not loaded, one that must not be called."""
+    if LIBRARY is None:
+        return None
+    found = getattr(LIBRARY, name)
+    found.argtypes, found.restype = argument_types, result
+    return found
+
+
+POINTER, INT, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""csrc/quantize/quantize.h's numbers of the float types that kernels read and write."""
+
+_best = function("be_best_isa", result=INT)
+_current = function("be_current_isa", result=INT)
+_cap = function("be_cap_isa", INT, result=INT)
+_count = function("be_kernel_count", result=INT)
+_name = function("be_kernel_name", INT, result=ctypes.c_char_p)
+_has = function("be_kernel_has", INT, INT, result=INT)
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this processor has and the library knows, the best one last."""
+    if LIBRARY is None:
+        return []
+    arm = _best() == ISAS.index("neon")
+    return [isa for i, isa in enumerate(ISAS) if i <= _best() and (isa == "scalar" or (isa == "neon") == arm)]
+
+
+def current_isa() -> str:
+    """The best instruction set that is used now."""
+    return ISAS[_current()]
+
+
+@contextlib.contextmanager
+def cap_isa(isa: str) -> Iterator[None]:
+    """Use no instruction set above that one. For tests and benchmarks; holds for the whole process."""
+    before = _current()
+    _set_cap(isa)
+    try:
+        yield
+    finally:
+        _cap(before)
+
+
+def kernels() -> dict[str, list[str]]:
+    """The instruction sets for which each kernel of the library is written, by the kernel's name."""
+    count = 0 if LIBRARY is None else _count()
+    return {_name(i).decode(): [isa for k, isa in enumerate(ISAS) if _has(i, k)] for i in range(count)}
+
+
+def threads() -> int:
+    """How many threads a kernel may use: torch's number."""
+    return torch.get_num_threads()
+
+
+def _set_cap(isa: str) -> None:
+    if isa not in available_isas():
+        raise RuntimeError(f"the instruction set must be one of {', '.join(available_isas())}, got {isa!r}.")
+    _cap(ISAS.index(isa))
+
+
+if LIBRARY is not None and os.environ.get("BITORCH_ENGINE_CPU"):
+    _set_cap(os.environ["BITORCH_ENGINE_CPU"])

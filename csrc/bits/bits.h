@@ -1,0 +1,20 @@
+// Packing of 1 to 8 bit values; bitorch_engine/bits/packing.py specifies the layout.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/table.h"
+
+namespace bitorch_engine {
+
+// `count` values are a multiple of eight; packed bytes are count * bits / 8.
+using PackFunction = void (*)(const uint8_t* values, uint8_t* packed, int64_t count, int bits);
+using UnpackFunction = void (*)(const uint8_t* packed, uint8_t* values, int64_t count, int bits);
+
+void pack_scalar(const uint8_t* values, uint8_t* packed, int64_t count, int bits);
+void unpack_scalar(const uint8_t* packed, uint8_t* values, int64_t count, int bits);
+
+extern const Kernel<PackFunction> pack_kernel;
+extern const Kernel<UnpackFunction> unpack_kernel;
+
+}  // namespace bitorch_engine

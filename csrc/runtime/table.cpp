@@ -1,0 +1,26 @@
+#include "runtime/table.h"
+
+#include "bits/bits.h"
+#include "quantize/quantize.h"
+
+namespace bitorch_engine {
+namespace {
+
+// Every kernel of the library.
+const Row kernels[] = {
+    pack_kernel.row(),
+    unpack_kernel.row(),
+    quantize_activation_kernel.row(),
+};
+constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
+
+}  // namespace
+}  // namespace bitorch_engine
+
+using namespace bitorch_engine;
+
+BE_EXPORT int be_kernel_count() { return kernel_count; }
+
+BE_EXPORT const char* be_kernel_name(int index) { return kernels[index].name; }
+
+BE_EXPORT int be_kernel_has(int index, int isa) { return kernels[index].functions[isa] != nullptr; }
