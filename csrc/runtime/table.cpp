@@ -1,6 +1,7 @@
 #include "runtime/table.h"
 
 #include "bits/bits.h"
+#include "qconv/qconv.h"
 #include "quantize/quantize.h"
 
 namespace bitorch_engine {
@@ -11,6 +12,9 @@ const Row kernels[] = {
     pack_kernel.row(),
     unpack_kernel.row(),
     quantize_activation_kernel.row(),
+    multiply_kernel.row(),
+    decode_kernel.row(),
+    finish_kernel.row(),
 };
 constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
 

@@ -18,7 +18,7 @@ def channels_last_shape(shape: Sequence[int]) -> list[int]:
 
 def in_memory_format(x: Tensor, channels_last: bool) -> Tensor:
     """The same values, with memory in channels-last order or in that of the shape."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+    return new_output(x, x.shape, x.dtype, channels_last).copy_(x)
 
 
 def new_output(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
