@@ -2,6 +2,9 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +42,115 @@ class _Arguments(ctypes.Structure):
     )
 
 
+class _Problem:
+    """One use of the engine for one set of shapes: the arguments that do not change from call to call."""
+
+    def __init__(
+        self,
+        x: tuple[int, ...],
+        out: tuple[int, ...],
+        weight_shape: tuple[int, ...],
+        convolution: Convolution,
+        forward: bool,
+        x_strides: tuple[int, ...],
+        out_strides: tuple[int, ...],
+        **fields: int,
+    ) -> None:
+        c = convolution
+        self.arguments = _Arguments(**fields)
+        if c.transposed:
+            place = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=x)
+        else:
+            place = geometry(x, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out)
+        self.arguments.geometry = place
+        self.arguments.scatter = forward == c.transposed
+        self.arguments.rows_are_results = forward
+        _set_strides(self.arguments, "x", x_strides)
+        _set_strides(self.arguments, "out", out_strides)
+        self.address = ctypes.addressof(self.arguments)
+        # What the order of the weights depends on; where nothing scatters, not on the sizes of the maps.
+        self.order: tuple[Any, ...] = (weight_shape, c.groups, forward)
+        if self.arguments.scatter:
+            self.order += (c, x if forward == c.transposed else out)
+
+    def arrange(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight in the engine's order, and the sums of its codes."""
+        a = self.arguments
+        place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
+        g = a.geometry
+        blocks = g.groups * -(-((g.in_channels if a.scatter else g.out_channels) // g.groups) // 16)
+        weights = torch.empty(_arranged_values(*place) * a.w_arranged_bits // 8, dtype=torch.uint8)
+        sums = torch.empty(_phases(*place), blocks * 16, dtype=torch.int32)
+        _arrange(*place, packed.data_ptr(), a.w_bits, a.w_arranged_bits, weights.data_ptr(), sums.data_ptr(), threads())
+        return weights, sums
+
+    def run(self, x: Tensor, packed: Tensor, factor: Tensor, out: Tensor, *more: Tensor | None, keep: bool) -> Tensor:
+        """more: scale, low, sample_factor, bias, poison."""
+        weights, sums = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
+        scale, low, sample_factor, bias, poison = (None if t is None else t.data_ptr() for t in more)
+        _qconv(
+            self.address,
+            x.data_ptr(),
+            scale,
+            low,
+            weights.data_ptr(),
+            sums.data_ptr(),
+            factor.data_ptr(),
+            sample_factor,
+            bias,
+            poison,
+            out.data_ptr(),
+        )
+        return out
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    kind: int,
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    fields: tuple[Any, ...],
+    x_strides: tuple[int, ...],
+    a_bit: int,
+    w_bit: int,
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    channels_last: bool,
+    thread_count: int,
+) -> tuple[_Problem, tuple[int, ...], tuple[int, ...]] | None:
+    """(problem, shape of the result, its strides), or None for what the kernel does not have."""
+    convolution = Convolution(*fields)
+    out = tuple(convolution.output_shape(shape, weight_shape))
+    taps = prod(weight_shape[2:])
+    deepest = max(shape[1], out[1]) // convolution.groups * taps
+    if {x_dtype, out_dtype} - DTYPES.keys() or len(shape) > 5 or not 0 < deepest < _DEEPEST or min(*shape, *out) < 1:
+        return None
+    forward = kind != _GRADIENT
+    result = out if forward else shape
+    strides = new_output(torch.empty(0, device="meta"), result, out_dtype, channels_last).stride()
+    problem = _Problem(
+        shape,
+        out,
+        weight_shape,
+        convolution,
+        forward,
+        x_strides or (0,) * len(shape),
+        strides,
+        source=kind,
+        x_dtype=DTYPES[x_dtype],
+        x_bits=a_bit,
+        w_bits=w_bit,
+        w_arranged_bits=w_bit if kind == _FLOATS else 8,  # what is used once is not packed again
+        out_dtype=DTYPES[out_dtype],
+        threads=thread_count,
+    )
+    return problem, result, strides
+
+
+def _key(fields: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(field) if isinstance(field, list) else field for field in fields)
+
+
 def conv(
     x: Tensor,
     scale: Tensor,
@@ -49,22 +161,27 @@ def conv(
     w_bit: int,
     bias: Tensor | None,
     weight_shape: Sequence[int],
-    *fields: object,
+    *fields: Any,
 ) -> Tensor:
-    convolution = Convolution(*fields)  # type: ignore[arg-type]
-    if x.dtype not in DTYPES or not _fits(x.shape, weight_shape, convolution):
-        return reference.conv(
-            x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *convolution
-        )
-    shape = convolution.output_shape(x.shape, weight_shape)
-    y = new_output(x, shape, x.dtype, is_channels_last(x))
-    arguments = _arguments(x.shape, shape, weight_shape, convolution, forward=True)
-    arguments.source, arguments.x_dtype, arguments.x_bits = _FLOATS, DTYPES[x.dtype], a_bit
-    _set_strides(arguments, "x", x)
-    if bias is not None:
-        bias = bias.to(torch.float32)
-    _run(arguments, x, scale, low, packed, w_bit, channel_scale, None, bias, None, y, keep=True)
-    return y
+    found = _problem(
+        _FLOATS,
+        tuple(x.shape),
+        tuple(weight_shape),
+        _key(fields),
+        x.stride(),
+        a_bit,
+        w_bit,
+        x.dtype,
+        x.dtype,
+        is_channels_last(x),
+        threads(),
+    )
+    if found is None:
+        return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
+    problem, shape, strides = found
+    y = torch.empty_strided(shape, strides, dtype=x.dtype)
+    bias = bias if bias is None else bias.to(torch.float32)
+    return problem.run(x, packed, channel_scale, y, scale, low, None, bias, None, keep=True)
 
 
 def conv_codes(
@@ -78,20 +195,29 @@ def conv_codes(
     channel_scale: Tensor,
     w_bit: int,
     weight_shape: Sequence[int],
-    *rest: object,
+    *rest: Any,
 ) -> Tensor:
     *fields, dtype, channels_last = rest
-    convolution = Convolution(*fields)  # type: ignore[arg-type]
-    if dtype not in DTYPES or not _fits(shape, weight_shape, convolution):
+    found = _problem(
+        _CODES,
+        tuple(shape),
+        tuple(weight_shape),
+        _key(fields),
+        (),
+        a_bit,
+        w_bit,
+        torch.float32,
+        dtype,
+        channels_last,
+        threads(),
+    )
+    if found is None:
         return reference.conv_codes(
-            codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit, weight_shape, *rest  # type: ignore[arg-type]
+            codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit, weight_shape, *rest
         )
-    out_shape = convolution.output_shape(shape, weight_shape)
-    y = new_output(codes, out_shape, dtype, bool(channels_last))  # type: ignore[arg-type]
-    arguments = _arguments(shape, out_shape, weight_shape, convolution, forward=True)
-    arguments.source, arguments.x_bits = _CODES, a_bit
-    _run(arguments, codes, scale, low, packed, w_bit, channel_scale, None, None, poison, y, keep=False)
-    return y
+    problem, result, strides = found
+    y = torch.empty_strided(result, strides, dtype=dtype)
+    return problem.run(codes, packed, channel_scale, y, scale, low, None, None, poison, keep=False)
 
 
 def conv_grad_input(
@@ -101,108 +227,32 @@ def conv_grad_input(
     w_bit: int,
     shape: Sequence[int],
     weight_shape: Sequence[int],
-    *rest: object,
+    *rest: Any,
 ) -> Tensor:
     *fields, dtype, channels_last = rest
-    convolution = Convolution(*fields)  # type: ignore[arg-type]
-    if dtype not in DTYPES or not _fits(shape, weight_shape, convolution):
-        return reference.conv_grad_input(
-            grad_codes, grad_scale, packed, w_bit, shape, weight_shape, *rest  # type: ignore[arg-type]
-        )
-    out_shape = convolution.output_shape(shape, weight_shape)
-    grad_x = new_output(grad_codes, shape, dtype, bool(channels_last))  # type: ignore[arg-type]
-    arguments = _arguments(shape, out_shape, weight_shape, convolution, forward=False)
-    arguments.source, arguments.x_bits = _GRADIENT, 8
-    ones = torch.ones(shape[1])
-    _run(arguments, grad_codes, None, None, packed, w_bit, ones, grad_scale, None, None, grad_x, keep=False)
-    return grad_x
-
-
-def _fits(shape: Sequence[int], weight_shape: Sequence[int], convolution: Convolution) -> bool:
-    """Whether the kernel has this problem: up to three dimensions, no empty tensor, sums that fit 32 bits."""
-    taps = 1
-    for length in weight_shape[2:]:
-        taps *= length
-    out = convolution.output_shape(shape, weight_shape)
-    largest = max(shape[1], out[1]) // convolution.groups * taps
-    return len(shape) <= 5 and 0 < largest < _DEEPEST and min(*shape, *out) > 0
-
-
-def _arguments(
-    shape: Sequence[int], out: Sequence[int], weight_shape: Sequence[int], convolution: Convolution, *, forward: bool
-) -> _Arguments:
-    """forward: the result has ``out``'s shape; otherwise ``shape``'s. A transposed convolution swaps the two inside."""
-    c = convolution
-    arguments = _Arguments()
-    if c.transposed:
-        arguments.geometry = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=shape)
-    else:
-        arguments.geometry = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out)
-    arguments.scatter = forward == c.transposed
-    arguments.rows_are_results = forward
-    arguments.threads = threads()
-    return arguments
-
-
-def _run(
-    arguments: _Arguments,
-    x: Tensor,
-    scale: Tensor | None,
-    low: Tensor | None,
-    packed: Tensor,
-    w_bit: int,
-    factor: Tensor,
-    sample_factor: Tensor | None,
-    bias: Tensor | None,
-    poison: Tensor | None,
-    out: Tensor,
-    *,
-    keep: bool,
-) -> None:
-    arguments.w_bits = w_bit
-    arguments.w_arranged_bits = w_bit if keep else 8  # what is used once is not packed again
-    arguments.out_dtype = DTYPES[out.dtype]
-    _set_strides(arguments, "out", out)
-    g = arguments.geometry
-    place = (bytes(g), arguments.scatter, arguments.rows_are_results)  # TODO
-    weights, sums = arranged(packed, place, lambda: _arrange_weight(arguments, packed), keep=keep)
-    _qconv(
-        ctypes.addressof(arguments),
-        x.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if low is None else low.data_ptr(),
-        weights.data_ptr(),
-        sums.data_ptr(),
-        factor.data_ptr(),
-        None if sample_factor is None else sample_factor.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if poison is None else poison.data_ptr(),
-        out.data_ptr(),
-    )
-
-
-def _arrange_weight(arguments: _Arguments, packed: Tensor) -> tuple[Tensor, Tensor]:
-    place = (ctypes.addressof(arguments.geometry), arguments.scatter, arguments.rows_are_results)
-    values = _arranged_values(*place)
-    channels = arguments.geometry.in_channels if arguments.scatter else arguments.geometry.out_channels
-    groups = arguments.geometry.groups
-    blocks = groups * -(-(channels // groups) // 16)
-    weights = torch.empty(values * arguments.w_arranged_bits // 8, dtype=torch.uint8)
-    sums = torch.empty(_phases(*place), blocks * 16, dtype=torch.int32)
-    _arrange(
-        *place,
-        packed.data_ptr(),
-        arguments.w_bits,
-        arguments.w_arranged_bits,
-        weights.data_ptr(),
-        sums.data_ptr(),
+    found = _problem(
+        _GRADIENT,
+        tuple(shape),
+        tuple(weight_shape),
+        _key(fields),
+        (),
+        8,
+        w_bit,
+        torch.float32,
+        dtype,
+        channels_last,
         threads(),
     )
-    return weights, sums
+    if found is None:
+        return reference.conv_grad_input(grad_codes, grad_scale, packed, w_bit, shape, weight_shape, *rest)
+    problem, result, strides = found
+    grad_x = torch.empty_strided(result, strides, dtype=dtype)
+    ones = torch.ones(shape[1])
+    return problem.run(grad_codes, packed, ones, grad_x, None, None, grad_scale, None, None, keep=False)
 
 
-def _set_strides(arguments: _Arguments, name: str, tensor: Tensor) -> None:
-    sample, channel, *steps = tensor.stride()
+def _set_strides(arguments: _Arguments, name: str, strides: Sequence[int]) -> None:
+    sample, channel, *steps = strides
     setattr(arguments, f"{name}_sample", sample)
     setattr(arguments, f"{name}_channel", channel)
     setattr(arguments, f"{name}_step", _Triple(*[0] * (3 - len(steps)), *steps))

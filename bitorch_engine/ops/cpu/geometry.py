@@ -46,7 +46,14 @@ def geometry(
     One object per set of arguments: do not write to it.
     """
     return _geometry(
-        tuple(shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(pad), tuple(out)
+        tuple(shape),
+        tuple(weight_shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        tuple(pad),
+        tuple(out),
     )
 
 
