@@ -6,10 +6,11 @@ from bitorch_engine.ops.reference.layout import is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
 from bitorch_engine.ops.reference.moments import moment_fits, new_moment
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
-from bitorch_engine.ops.reference.update import SLICE, add_, direction_, level_rate, tree_sum, update_
+from bitorch_engine.ops.reference.update import SLICE, direction_, level_rate, tree_sum
 from bitorch_engine.ops.schemas import (
     activation_grads,
     activation_values,
+    add_,
     conv,
     conv_codes,
     conv_grad_input,
@@ -18,6 +19,7 @@ from bitorch_engine.ops.schemas import (
     quantize_activation,
     quantize_gradient,
     unpack,
+    update_,
 )
 
 __all__ = [

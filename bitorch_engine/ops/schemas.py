@@ -1,7 +1,7 @@
 """Every op: its schema, its reference, its shape function. ``ops/cpu`` and ``ops/triton`` register over them."""
 
 from bitorch_engine.ops.library import define
-from bitorch_engine.ops.reference import activation, bits, gradient, quantized_conv
+from bitorch_engine.ops.reference import activation, bits, gradient, quantized_conv, update
 
 _GEOMETRY = (
     "SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
@@ -54,4 +54,13 @@ conv_grad_weight = define(
     f"SymInt[] shape, {_GEOMETRY}, ScalarType dtype) -> Tensor",
     quantized_conv.conv_grad_weight,
     quantized_conv.conv_grad_weight_fake,
+)
+update_ = define(
+    "update_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor grad, Tensor(c!)? exp_avg_s, "
+    "Tensor(d!)? exp_avg_l, int bits, *, float lr, float beta1, float beta2, float eps, float correction1, "
+    "float correction2, float grad_factor, ScalarType dtype, int key) -> ()",
+    update.update,
+)
+add_ = define(
+    "add_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor delta, int bits, int key) -> ()", update.add
 )

@@ -4,8 +4,9 @@
 
 namespace bitorch_engine {
 
-const Kernel<PackFunction> pack_kernel{"pack", {pack_scalar}};
-const Kernel<UnpackFunction> unpack_kernel{"unpack", {unpack_scalar}};
+const Kernel<PackFunction> pack_kernel{"pack", {pack_scalar, nullptr, BE_X86(pack_avx2)}};
+const Kernel<UnpackFunction> unpack_kernel{
+    "unpack", {unpack_scalar, nullptr, BE_X86(unpack_avx2), BE_X86(unpack_avx512)}};
 
 void unpack_range(const uint8_t* packed, int64_t first, int64_t count, int bits, uint8_t* values) {
   // A group of eight that is not wanted whole is unpacked aside.

@@ -3,6 +3,7 @@
 #include "bits/bits.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
+#include "update/update.h"
 
 namespace bitorch_engine {
 namespace {
@@ -15,6 +16,8 @@ const Row kernels[] = {
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),
+    update_kernel.row(),
+    row_moment_kernel.row(),
 };
 constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
 
