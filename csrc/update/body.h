@@ -1,7 +1,9 @@
 // The step, written as short loops over arrays that stay in the L1 cache: every compiler turns them into the vector
 // instructions of the set that the including file is compiled for. Included once per instruction set.
 //
-// No operation here may be contracted or reordered: the result is the reference's, bit for bit.
+// A loop computes in one width, bytes are widened and narrowed in loops of their own, and every array is worked on to its
+// end, used or not: so the loops have constant bounds and no masks. No operation may be contracted or reordered: the
+// result is the reference's, bit for bit.
 #include <cmath>
 #include <cstring>
 
@@ -31,10 +33,10 @@ void load_floats(const void* from, int dtype, int64_t start, int64_t count, floa
   }
 }
 
-void noise(uint32_t key, int64_t start, int64_t count, uint32_t* to) {
+void noise(uint32_t key, int64_t start, uint32_t* to) {
   // start is a multiple of 128, so the part above 32 bits is the same for all.
   const uint32_t low = static_cast<uint32_t>(start), high = hash32(static_cast<uint32_t>(start >> 32));
-  for (int64_t i = 0; i < count; ++i) to[i] = hash32(((low + static_cast<uint32_t>(i)) ^ high) ^ key);
+  for (int64_t i = 0; i < COUNT; ++i) to[i] = hash32(((low + static_cast<uint32_t>(i)) ^ high) ^ key);
 }
 
 // 8-bit codes: the top bits of the float32 x + offset, less those of offset, where x is the value in the block's unit.
@@ -51,10 +53,11 @@ void load_8bit(const uint8_t* stored, int64_t start, int64_t count, float* to) {
     const uint8_t* codes = stored + (start + i) / BLOCK * ROW;
     float unit;
     std::memcpy(&unit, codes + BLOCK, sizeof unit);
+    uint32_t wide[BLOCK];
+    for (int64_t j = 0; j < BLOCK; ++j) wide[j] = codes[j];
     for (int64_t j = 0; j < BLOCK; ++j) {
-      const uint32_t code = codes[j];
-      const float size = (float_of(((is_signed ? code & 127 : code) + C::base) << 20) - C::offset) * unit;
-      to[i + j] = is_signed ? float_of(bits_of(size) ^ (code & 128) << 24) : size;
+      const float size = (float_of(((is_signed ? wide[j] & 127 : wide[j]) + C::base) << 20) - C::offset) * unit;
+      to[i + j] = is_signed ? float_of(bits_of(size) ^ (wide[j] & 128) << 24) : size;
     }
   }
 }
@@ -74,6 +77,7 @@ void store_8bit(uint8_t* stored, int64_t start, int64_t count, const float* valu
     uint32_t exponent = (largest >> 23) + 1;
     exponent = exponent < 2 ? 2 : exponent > 252 ? 252 : exponent;
     const float unit = float_of(exponent << 23), inverse = float_of((254 - exponent) << 23);
+    uint32_t wide[BLOCK];
     for (int64_t j = 0; j < BLOCK; ++j) {
       const uint32_t random = is_signed ? noise[i + j] & 0xfffff : noise[i + j] >> 12;
       const uint32_t sum = bits_of(std::fabs(v[j]) * inverse + C::offset) + random;
@@ -84,8 +88,9 @@ void store_8bit(uint8_t* stored, int64_t start, int64_t count, const float* valu
         const uint32_t positive = v[j] > 0;
         code = code > positive ? code : positive;
       }
-      codes[j] = static_cast<uint8_t>(code);
+      wide[j] = code;
     }
+    for (int64_t j = 0; j < BLOCK; ++j) codes[j] = static_cast<uint8_t>(wide[j]);
     std::memcpy(codes + BLOCK, &unit, sizeof unit);
   }
 }
@@ -140,7 +145,8 @@ void spread_rates(const float* rates, int64_t columns, int64_t start, int64_t co
 
 void move_levels(const UpdateArguments& a, int64_t start, int64_t count, const float* moves, const uint32_t* random) {
   const int bits = static_cast<int>(a.bits), hidden = 8 - bits;
-  uint8_t index[COUNT + 8], low[COUNT + 8], level[COUNT];
+  alignas(64) uint8_t index[COUNT], low[COUNT];
+  alignas(64) int32_t level[COUNT];
   const int64_t whole = count & ~int64_t{7};
   uint8_t* codes = a.packed + start / 8 * bits;
   uint8_t* rest = hidden ? a.residual + start / 8 * hidden : nullptr;
@@ -159,27 +165,28 @@ void move_levels(const UpdateArguments& a, int64_t start, int64_t count, const f
   unpack(codes, bits, index);
   if (hidden) {
     unpack(rest, hidden, low);
-    for (int64_t i = 0; i < count; ++i) level[i] = static_cast<uint8_t>(index[i] << hidden | low[i]);
-  } else {
-    std::memcpy(level, index, count);
+    for (int64_t i = 0; i < COUNT; ++i) index[i] = static_cast<uint8_t>(index[i] << hidden | low[i]);
   }
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < COUNT; ++i) level[i] = index[i];
+  for (int64_t i = 0; i < COUNT; ++i) {
     const float uniform = static_cast<float>(static_cast<int32_t>(random[i] >> 8)) * 0x1p-24f;
-    const float size = std::fabs(moves[i]);
-    const float floor = std::floor(size);
-    float steps = floor + (uniform < size - floor ? 1.0f : 0.0f);
-    steps = steps < 255.0f ? steps : 255.0f;
-    const float moved = static_cast<float>(static_cast<int32_t>(level[i])) + (moves[i] < 0 ? -steps : steps);
-    const float kept = moved < 0.0f ? 0.0f : moved > 255.0f ? 255.0f : moved;
-    level[i] = static_cast<uint8_t>(static_cast<int32_t>(kept));
+    const float size = float_of(bits_of(moves[i]) & 0x7fffffff);
+    const float bounded = size < 256.0f ? size : 256.0f;
+    const int32_t whole = static_cast<int32_t>(bounded);
+    const int32_t steps = whole + (uniform < bounded - static_cast<float>(whole) ? 1 : 0);
+    const int32_t sign = static_cast<int32_t>(bits_of(moves[i])) >> 31;  // -1 or 0
+    const int32_t moved = level[i] + ((steps ^ sign) - sign);
+    const int32_t positive = moved < 0 ? 0 : moved;
+    level[i] = positive > 255 ? 255 : positive;
   }
-  for (int64_t i = 0; i < count; ++i) index[i] = static_cast<uint8_t>(level[i] >> hidden);
-  pack(index, bits, codes);
+  for (int64_t i = 0; i < COUNT; ++i) index[i] = static_cast<uint8_t>(level[i]);
   if (hidden) {
     const uint8_t mask = static_cast<uint8_t>((1 << hidden) - 1);
-    for (int64_t i = 0; i < count; ++i) low[i] = level[i] & mask;
+    for (int64_t i = 0; i < COUNT; ++i) low[i] = index[i] & mask;
+    for (int64_t i = 0; i < COUNT; ++i) index[i] = static_cast<uint8_t>(index[i] >> hidden);
     pack(low, hidden, rest);
   }
+  pack(index, bits, codes);
 }
 
 bool needs_noise(int64_t kind) { return kind >= MOMENT_BFLOAT16 && kind <= MOMENT_8BIT; }
@@ -191,33 +198,36 @@ void update(const UpdateArguments& a, const float* rates, int64_t first, int64_t
   const bool second_moment = a.s_kind != NO_MOMENT && a.s_kind != MOMENT_CHANNEL;
   for (int64_t start = first; start < last; start += COUNT) {
     const int64_t count = last - start < COUNT ? last - start : COUNT;
+    if (count < COUNT) {
+      std::memset(g, 0, sizeof g);
+      std::memset(m, 0, sizeof m);
+      std::memset(v, 0, sizeof v);
+      std::memset(rate, 0, sizeof rate);
+    }
     load_floats(a.grad, static_cast<int>(a.grad_dtype), start, count, g);
     spread_rates(rates, a.columns, start, count, rate);
     if (a.add) {
-      for (int64_t i = 0; i < count; ++i) g[i] = g[i] * rate[i];
+      for (int64_t i = 0; i < COUNT; ++i) g[i] = g[i] * rate[i];
     } else {
-      for (int64_t i = 0; i < count; ++i) g[i] = g[i] * a.grad_factor;
-      for (int64_t i = count; i < COUNT; ++i) g[i] = 0;
-      if (needs_noise(a.s_kind) || needs_noise(a.l_kind)) noise(a.moment_key, start, COUNT, random);
+      for (int64_t i = 0; i < COUNT; ++i) g[i] = g[i] * a.grad_factor;
+      if (needs_noise(a.s_kind) || needs_noise(a.l_kind)) noise(a.moment_key, start, random);
       if (first_moment) {
         load_moment<true>(a.exp_avg_l, static_cast<int>(a.l_kind), start, count, m);
-        for (int64_t i = 0; i < count; ++i) m[i] = m[i] * a.beta1 + g[i] * a.one_minus_beta1;
-        for (int64_t i = count; i < COUNT; ++i) m[i] = 0;
+        for (int64_t i = 0; i < COUNT; ++i) m[i] = m[i] * a.beta1 + g[i] * a.one_minus_beta1;
         store_moment<true>(a.exp_avg_l, static_cast<int>(a.l_kind), start, count, m, random);
-        for (int64_t i = 0; i < count; ++i) m[i] = m[i] * a.inverse_correction1;
+        for (int64_t i = 0; i < COUNT; ++i) m[i] = m[i] * a.inverse_correction1;
       } else {
         std::memcpy(m, g, sizeof m);
       }
       if (second_moment) {
         load_moment<false>(a.exp_avg_s, static_cast<int>(a.s_kind), start, count, v);
-        for (int64_t i = 0; i < count; ++i) v[i] = v[i] * a.beta2 + g[i] * g[i] * a.one_minus_beta2;
-        for (int64_t i = count; i < COUNT; ++i) v[i] = 0;
+        for (int64_t i = 0; i < COUNT; ++i) v[i] = v[i] * a.beta2 + g[i] * g[i] * a.one_minus_beta2;
         store_moment<false>(a.exp_avg_s, static_cast<int>(a.s_kind), start, count, v, random);
-        for (int64_t i = 0; i < count; ++i) m[i] = m[i] / (std::sqrt(v[i] * a.inverse_correction2) + a.eps);
+        for (int64_t i = 0; i < COUNT; ++i) m[i] = m[i] / (std::sqrt(v[i] * a.inverse_correction2) + a.eps);
       }
-      for (int64_t i = 0; i < count; ++i) g[i] = -(m[i] * rate[i]);
+      for (int64_t i = 0; i < COUNT; ++i) g[i] = -(m[i] * rate[i]);
     }
-    noise(a.code_key, start, count, random);
+    noise(a.code_key, start, random);
     move_levels(a, start, count, g, random);
   }
 }
