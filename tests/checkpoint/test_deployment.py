@@ -348,7 +348,7 @@ NOT_FITTING = {
     ),
     "layer": (
         _replace(0, nn.Embedding(8, 3)),
-        "0.weight is stored with 4 bits, .* cannot be converted: it is not a conv",
+        "0.weight is stored with 4 bits, .* cannot be converted: it is neither a conv",
     ),
     "own layer": (
         _replace(0, OwnConvolution(3, 8, 3)),
