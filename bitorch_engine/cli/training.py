@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitorch_engine.bits import unpack
+from bitorch_engine import ops
 from bitorch_engine.checkpoint import load_training, save_training
 from bitorch_engine.cli.augment import Augmentation
 from bitorch_engine.cli.data import ImageData, as_float
@@ -186,8 +186,8 @@ class Trainer:
     def _share_flipped(self) -> float:
         flips, packed = 0, packed_parameters(self.model)
         for parameter, before in zip(packed, self.progress.packed, strict=True):
-            index = unpack(before.to(parameter.device), parameter.w_bit, parameter.numel())
-            flips += int((index != unpack(parameter.packed, parameter.w_bit, parameter.numel())).sum())
+            index = ops.unpack(before.to(parameter.device), parameter.w_bit, parameter.numel())
+            flips += int((index != ops.unpack(parameter.packed, parameter.w_bit, parameter.numel())).sum())
         return flips / max(1, sum(parameter.numel() for parameter in packed))
 
     def _test_accuracy(self) -> float:

@@ -2,13 +2,36 @@
 
 from bitorch_engine.ops import cpu
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
+from bitorch_engine.ops.reference.layout import is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
 from bitorch_engine.ops.reference.moments import moment_fits, new_moment
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
-from bitorch_engine.ops.reference.update import SLICE, add_, direction_, level_rate, tree_sum, update_
-from bitorch_engine.ops.schemas import pack, unpack
+from bitorch_engine.ops.reference.update import SLICE, direction_, level_rate, tree_sum
+from bitorch_engine.ops.schemas import (
+    activation_grads,
+    activation_values,
+    add_,
+    conv,
+    conv_codes,
+    conv_grad_input,
+    conv_grad_weight,
+    pack,
+    quantize_activation,
+    quantize_gradient,
+    unpack,
+    update_,
+)
 
 __all__ = [
+    "is_channels_last",
+    "quantize_gradient",
+    "quantize_activation",
+    "conv_grad_weight",
+    "conv_grad_input",
+    "conv_codes",
+    "conv",
+    "activation_values",
+    "activation_grads",
     "SLICE",
     "Convolution",
     "add_",

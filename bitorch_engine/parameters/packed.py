@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitorch_engine import ops
-from bitorch_engine.bits import BitFormat, bit_format, pack, packed_size, unpack
+from bitorch_engine.bits import BitFormat, bit_format, packed_size
 from bitorch_engine.parameters.dispatch import dispatch
 from bitorch_engine.parameters.step import step_
 from bitorch_engine.quantizers.weight import fit_scale, from_levels, to_levels
@@ -99,10 +99,10 @@ class PackedParameter(nn.Parameter):
                 raise ValueError("data has NaN or Inf entries; a weight must be finite to be quantized.")
             channel_scale = _channel_scale(fit_scale(rows, form) if scale is None else scale, rows)
             levels = to_levels(rows, channel_scale, form).reshape(-1)
-            packed = pack(levels >> form.hidden_bits, w_bit, check=False)
+            packed = ops.pack(levels >> form.hidden_bits, w_bit)
             residual = _pack_residual(levels, form)
         else:
-            packed = pack(form.index(rows), w_bit, check=False)
+            packed = ops.pack(form.index(rows), w_bit)
             channel_scale = _channel_scale(1.0 if scale is None else scale, rows)
             residual = None
         inner = {"packed": packed, "channel_scale": channel_scale, "residual": residual, "scale_moments": None}
@@ -183,7 +183,7 @@ class PackedParameter(nn.Parameter):
         return self.from_rows(self._row_codes())
 
     def _row_codes(self) -> Tensor:
-        return self.format.codes(unpack(self.packed, self.w_bit, self.numel())).view(self._rows_shape())
+        return self.format.codes(ops.unpack(self.packed, self.w_bit, self.numel())).view(self._rows_shape())
 
     def to_rows(self, x: Tensor) -> Tensor:
         """A tensor of the logical shape as a matrix with one row an output channel: (R, K), a view where possible."""
@@ -209,7 +209,7 @@ class PackedParameter(nn.Parameter):
     def require_residual_(self) -> Tensor:
         """The residual, allocated where there is none yet (empty at 8 bits, which have nothing below the code)."""
         if self.residual is None:
-            index = unpack(self.packed, self.w_bit, self.numel())
+            index = ops.unpack(self.packed, self.w_bit, self.numel())
             self.residual = _pack_residual(ops.dither_levels(index, self.format, 0), self.format)
         return self.residual
 
@@ -324,7 +324,7 @@ class PackedParameter(nn.Parameter):
         form = self.format
         index = self.on_grid(rows)
         if index is not None:
-            self.packed.copy_(pack(index, self.w_bit, check=False))
+            self.packed.copy_(ops.pack(index, self.w_bit))
             if self.residual is not None:
                 self.residual.copy_(_pack_residual(ops.dither_levels(index, form, 0), form))
         else:
@@ -503,7 +503,7 @@ def _channel_scale(scale: Tensor | float, rows: Tensor) -> Tensor:
 def _pack_residual(levels: Tensor, form: BitFormat) -> Tensor:
     if form.hidden_bits == 0:
         return levels.new_empty(0)
-    return pack(levels.reshape(-1) & ((1 << form.hidden_bits) - 1), form.hidden_bits, check=False)
+    return ops.pack(levels.reshape(-1) & ((1 << form.hidden_bits) - 1), form.hidden_bits)
 
 
 torch.serialization.add_safe_globals([PackedParameter, _rebuild])

@@ -18,7 +18,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from bitorch_engine.bits import bit_format, pack, unpack
+from bitorch_engine import ops
+from bitorch_engine.bits import bit_format
 
 
 @dataclass
@@ -244,13 +245,13 @@ class _Integers:
             occurs |= torch.bincount((piece - least).flatten(), minlength=256) > 0
         distances, number = occurs.nonzero().flatten(), occurs.cumsum(0).sub(1).to(torch.uint8)
         bits = _bits_for(distances)
-        codes = [pack(number[(piece - least).long()], bits, check=False) for piece in _slices(tensor)]
+        codes = [ops.pack(number[(piece - least).long()], bits) for piece in _slices(tensor)]
         return cls(_narrowed(least), codes, distances)
 
     def decode_into(self, tensor: Tensor) -> None:
         for piece, codes in zip(_slices(tensor), self.codes, strict=True):
             if self.distances is not None:
-                codes = self.distances[unpack(codes, _bits_for(self.distances), piece.numel()).long()]
+                codes = self.distances[ops.unpack(codes, _bits_for(self.distances), piece.numel()).long()]
             piece.copy_(codes.view(piece.shape)).add_(self.least)
 
 
@@ -344,18 +345,18 @@ class _Block:
             bits=bits,
             low=low.to(rows.dtype),
             step=step,
-            codes=pack(index, bits, check=False),
+            codes=ops.pack(index, bits),
             code_count=index.numel(),
-            mask=None if mask is None else pack(mask.view(torch.uint8), 1, check=False),
+            mask=None if mask is None else ops.pack(mask.view(torch.uint8), 1),
             dither=start if least < 0 else None,
         )
 
     def decode(self) -> Tensor:
         """(rows, columns) float32."""
         rows, per_row = self.low.shape[:2]
-        index = unpack(self.codes, self.bits, self.code_count)
+        index = ops.unpack(self.codes, self.bits, self.code_count)
         if self.mask is not None:
-            mask = unpack(self.mask, 1, rows * self.columns)
+            mask = ops.unpack(self.mask, 1, rows * self.columns)
             index = torch.zeros_like(mask).masked_scatter_(mask.view(torch.bool), index)
         groups = _grouped(index.view(rows, self.columns), per_row).to(torch.float32)
         low, step = self.low.to(torch.float32), self.step.to(torch.float32)

@@ -1,7 +1,9 @@
 #include "runtime/table.h"
 
 #include "bits/bits.h"
+#include "qconv/qconv.h"
 #include "quantize/quantize.h"
+#include "update/update.h"
 
 namespace bitorch_engine {
 namespace {
@@ -11,6 +13,11 @@ const Row kernels[] = {
     pack_kernel.row(),
     unpack_kernel.row(),
     quantize_activation_kernel.row(),
+    multiply_kernel.row(),
+    decode_kernel.row(),
+    finish_kernel.row(),
+    update_kernel.row(),
+    row_moment_kernel.row(),
 };
 constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
 

@@ -16,13 +16,14 @@ struct Kernel {
   const char* name;
   Function functions[ISA_COUNT];  // indexed by Isa; the scalar one is always there
 
-  // The best one that the processor has and the cap allows.
-  Function pick() const {
+  // The best one that the processor has and the cap allows. Inlined, always: a copy that a file for a later instruction
+  // set emitted could be the one that the linker keeps for all.
+  __attribute__((always_inline)) Function pick() const {
     int isa = current_isa();
     while (functions[isa] == nullptr) --isa;
     return functions[isa];
   }
-  Row row() const { return {name, reinterpret_cast<const void* const*>(functions)}; }
+  __attribute__((always_inline)) Row row() const { return {name, reinterpret_cast<const void* const*>(functions)}; }
 };
 
 }  // namespace bitorch_engine

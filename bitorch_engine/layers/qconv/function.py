@@ -1,15 +1,11 @@
 """The differentiable convolution of packed weights, quantized activations and quantized gradients."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitorch_engine import ops
-from bitorch_engine.bits import pack, unpack
-from bitorch_engine.ops.reference.activation import activation_codes, activation_grads, quantize_activation
-from bitorch_engine.ops.reference.gradient import quantize_gradient
 from bitorch_engine.parameters import PackedParameter
 from bitorch_engine.quantizers.gradient import new_seed
 
@@ -35,91 +31,90 @@ class QuantizedConvolution(torch.autograd.Function):
         g_bit: int | None,
     ) -> Tensor:
         ctx.geometry, ctx.a_bit, ctx.g_bit, ctx.shape, ctx.dtype = geometry, a_bit, g_bit, x.shape, x.dtype
+        ctx.channels_last = ops.is_channels_last(x)
         if a_bit is None or scale is None or low is None:
             ctx.save_for_backward(weight, x)
             return geometry.forward(x, _float(weight, x.dtype))
-        index, beyond = quantize_activation(x, scale, low, a_bit)
-        ctx.save_for_backward(weight, pack(index, a_bit, check=False), pack(beyond, 1, check=False), scale, low)
-        codes = activation_codes(index, low, a_bit)
-        # Codes have no NaN: without this a network that has diverged would go on as if nothing had happened.
-        poison = sum(extreme * 0 for extreme in x.aminmax()) if x.numel() else 0.0  # 0, or NaN where x is not finite
+        codes, beyond, poison = ops.quantize_activation(x, scale, low, a_bit)
+        ctx.save_for_backward(weight, codes, beyond, scale, low)
         if not isinstance(weight, PackedParameter):
-            return geometry.forward((codes * scale + poison).to(x.dtype), weight.to(x.dtype))
-        bound = _bound(weight, a_bit, weight.numel() // weight.channel_scale.numel())
-        total = ops.multiply_exact(geometry.forward, codes, weight.unpack_codes(), bound)
-        return (total.to(torch.float32) * (_per_channel(weight, x) * scale) + poison).to(x.dtype)
+            values = ops.activation_values(codes, scale, low, a_bit, x.shape, x.dtype, ctx.channels_last)
+            return geometry.forward(values + poison.to(x.dtype), weight.to(x.dtype))
+        return ops.conv_codes(
+            codes,
+            x.shape,
+            scale,
+            low,
+            poison,
+            a_bit,
+            weight.packed,
+            weight.channel_scale,
+            weight.w_bit,
+            weight.shape,
+            *geometry,
+            x.dtype,
+            ctx.channels_last,
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        geometry, a_bit, g_bit = ctx.geometry, ctx.a_bit, ctx.g_bit
         weight, *kept = ctx.saved_tensors
         need_x, need_weight, need_scale, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_scale = None
         if need_x or need_scale:
-            grad_x = _grad_input(geometry, grad, weight, ctx.shape, g_bit).to(ctx.dtype)
-        if a_bit is None:
-            (x,) = kept
-            if need_weight:
-                grad_weight = _grad_weight(geometry, grad, x, None, weight, None, g_bit)
-        else:
-            packed, beyond, scale, low = kept
-            index = unpack(packed, a_bit, ctx.shape.numel()).view(ctx.shape)
-            if need_weight:
-                codes = activation_codes(index, low, a_bit)
-                grad_weight = _grad_weight(geometry, grad, codes, scale, weight, a_bit, g_bit)
-            if grad_x is not None:
-                beyond = unpack(beyond, 1, ctx.shape.numel()).view(ctx.shape)
-                grad_x, grad_scale = activation_grads(grad_x, index, beyond, low, a_bit)
+            grad_x = _grad_input(ctx, grad, weight)
+        if need_weight:
+            grad_weight = _grad_weight(ctx, grad, weight, *kept)
+        if grad_x is not None and ctx.a_bit is not None:
+            codes, beyond, _, low = kept
+            grad_x, grad_scale = ops.activation_grads(grad_x, codes, beyond, low, ctx.a_bit)
         return grad_x if need_x else None, grad_weight, grad_scale if need_scale else None, None, None, None, None
 
 
-def _grad_input(
-    geometry: ops.Convolution, grad: Tensor, weight: Tensor, shape: Sequence[int], g_bit: int | None
-) -> Tensor:
+def _grad_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
+    geometry, g_bit = ctx.geometry, ctx.g_bit
     if g_bit is None:
-        return geometry.grad_input(grad, _float(weight, grad.dtype), shape)
+        return geometry.grad_input(grad, _float(weight, grad.dtype), ctx.shape).to(ctx.dtype)
     if not isinstance(weight, PackedParameter):
-        integers, scale = quantize_gradient(grad, g_bit, 0, new_seed(grad.device))
-        return geometry.grad_input((integers * scale).to(weight.dtype), weight, shape)
+        grad = _round_gradient(grad, g_bit, 0).to(weight.dtype)
+        return geometry.grad_input(grad, weight, ctx.shape).to(ctx.dtype)
     # The weight has one scale an output channel, and the sum runs over those: it goes into the gradient first.
-    integers, scale = quantize_gradient(grad * _per_channel(weight, grad), g_bit, 0, new_seed(grad.device))
-    bound = _bound(weight, g_bit, weight.numel() // shape[1])
-    total = ops.multiply_exact(lambda g, w: geometry.grad_input(g, w, shape), integers, weight.unpack_codes(), bound)
-    return total.to(torch.float32) * scale
+    codes, scale = ops.quantize_gradient(grad, weight.channel_scale, g_bit, 0, new_seed(grad.device))
+    return ops.conv_grad_input(
+        codes, scale, weight.packed, weight.w_bit, ctx.shape, weight.shape, *geometry, ctx.dtype, ctx.channels_last
+    )
 
 
 def _grad_weight(
-    geometry: ops.Convolution,
+    ctx: Any,
     grad: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
     weight: Tensor,
-    a_bit: int | None,
-    g_bit: int | None,
+    kept: Tensor,
+    beyond: Tensor | None = None,
+    scale: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> Tensor:
-    """x: float values, or integer-valued codes with their scale and bits."""
-    shape = weight.shape
+    """kept: the float activation, or its packed codes, which then come with scale and low."""
+    geometry, a_bit, g_bit, shape = ctx.geometry, ctx.a_bit, ctx.g_bit, weight.shape
+    if a_bit is None or scale is None or low is None:
+        values = kept.to(grad.dtype)
+    elif g_bit is not None:
+        codes, grad_scale = ops.quantize_gradient(grad, None, g_bit, 1, new_seed(grad.device))
+        return ops.conv_grad_weight(
+            codes, grad_scale, kept, scale, low, a_bit, ctx.shape, shape, *geometry, weight.dtype
+        )
+    else:
+        values = ops.activation_values(kept, scale, low, a_bit, ctx.shape, grad.dtype, ctx.channels_last)
     if g_bit is not None:
-        integers, grad_scale = quantize_gradient(grad, g_bit, 1, new_seed(grad.device))
-        if scale is not None and a_bit is not None and isinstance(weight, PackedParameter):
-            bound = (grad.numel() // grad.shape[1]) << (a_bit + g_bit - 1)
-            total = ops.multiply_exact(lambda g, a: geometry.grad_weight(g, a, shape), integers, x, bound)
-            rows = weight.to_rows(total.to(torch.float32)) * (grad_scale * scale).view(-1, 1)
-            return weight.from_rows(rows).to(weight.dtype)
-        grad = (integers * grad_scale).to(grad.dtype)
-    values = x if scale is None else x * scale
-    return geometry.grad_weight(grad, values.to(grad.dtype), shape).to(weight.dtype)
+        grad = _round_gradient(grad, g_bit, 1)
+    return geometry.grad_weight(grad, values, shape).to(weight.dtype)
+
+
+def _round_gradient(grad: Tensor, g_bit: int, keep: int) -> Tensor:
+    """The gradient, rounded stochastically to g_bit bits."""
+    codes, scale = ops.quantize_gradient(grad, None, g_bit, keep, new_seed(grad.device))
+    return (codes.movedim(-1, 1) * scale).to(grad.dtype)
 
 
 def _float(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.dequantize() if isinstance(weight, PackedParameter) else weight).to(dtype)
-
-
-def _per_channel(weight: PackedParameter, like: Tensor) -> Tensor:
-    """The weight's scale, shaped to broadcast against an output: (1, C_out, 1, ...)."""
-    return weight.channel_scale.view(1, -1, *[1] * (like.dim() - 2))
-
-
-def _bound(weight: PackedParameter, other_bits: int, products: int) -> int:
-    """No sum of that many products of a code of the weight and an integer of ``other_bits`` bits is larger."""
-    return products << (weight.w_bit - 1 + other_bits)

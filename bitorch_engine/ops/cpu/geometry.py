@@ -37,13 +37,23 @@ def geometry(
     dilation: Sequence[int],
     groups: int,
     pad: Sequence[int] = (),
+    *,
+    out: Sequence[int],
 ) -> Geometry:
-    """Of a convolution, not transposed, of an input of ``shape``, (N, C, *spatial). Arguments as ``ops.Convolution``.
+    """Of a convolution, not transposed, of an input of ``shape``, (N, C, *spatial), to one of shape ``out``.
 
+    Arguments as ``ops.Convolution``.
     One object per set of arguments: do not write to it.
     """
     return _geometry(
-        tuple(shape), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(pad)
+        tuple(shape),
+        tuple(weight_shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        tuple(pad),
+        tuple(out),
     )
 
 
@@ -56,21 +66,17 @@ def _geometry(
     dilation: tuple[int, ...],
     groups: int,
     pad: tuple[int, ...],
+    out: tuple[int, ...],
 ) -> Geometry:
     rank = len(shape) - 2
     before = [padding[i] + (pad[2 * (rank - 1 - i)] if pad else 0) for i in range(rank)]
-    after = [padding[i] + (pad[2 * (rank - 1 - i) + 1] if pad else 0) for i in range(rank)]
-    out = [
-        (shape[2 + i] + before[i] + after[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(rank)
-    ]
     fields: list[tuple[Sequence[int], int]] = [
         (shape[2:], 1),
         (weight_shape[2:], 1),
         (stride, 1),
         (dilation, 1),
         (before, 0),
-        (out, 1),
+        (out[2:], 1),
     ]
     triples = [_Triple(*[fill] * (3 - rank), *values) for values, fill in fields]
-    return Geometry(shape[0], shape[1], weight_shape[0], groups, *triples)
+    return Geometry(shape[0], shape[1], out[1], groups, *triples)

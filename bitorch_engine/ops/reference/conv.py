@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitorch_engine.bits import bit_format, unpack
+
 
 class Convolution(NamedTuple):
     """The geometry of a convolution of any rank, transposed or not, and its three products.
@@ -51,6 +53,42 @@ class Convolution(NamedTuple):
         x = F.pad(x, self.pad) if self.pad else x
         weight = grad.new_empty(1).expand(shape)  # only its shape is used
         return self._backward(grad, x, weight, [False, True, False])[1]
+
+    def output_shape(self, shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
+        """(N, C_out, *out) for an input and a weight of those shapes."""
+        rank = len(shape) - 2
+        out = []
+        for i in range(rank):
+            length = shape[2 + i] + (sum(self.pad[2 * (rank - 1 - i) :][:2]) if self.pad else 0)
+            reach = self.dilation[i] * (weight_shape[2 + i] - 1)
+            if self.transposed:
+                length = (length - 1) * self.stride[i] - 2 * self.padding[i] + reach + self.output_padding[i] + 1
+            else:
+                length = (length + 2 * self.padding[i] - reach - 1) // self.stride[i] + 1
+            out.append(length)
+        return [shape[0], weight_shape[1] * self.groups if self.transposed else weight_shape[0], *out]
+
+    def weight_codes(self, packed: Tensor, bits: int, weight_shape: Sequence[int]) -> Tensor:
+        """The integer codes of a packed weight: int8, ``weight_shape``. Packed are rows, one an output channel."""
+        count = 1
+        for length in weight_shape:
+            count *= length
+        codes = bit_format(bits).codes(unpack(packed, bits, count))
+        return self._from_rows(codes, weight_shape)
+
+    def per_output_channel(self, values: Tensor, weight_shape: Sequence[int]) -> Tensor:
+        """One value an output channel, shaped to broadcast against a weight."""
+        if not self.transposed:
+            return values.view(-1, *[1] * (len(weight_shape) - 1))
+        tail = [1] * (len(weight_shape) - 2)
+        per_group = values.view(self.groups, 1, weight_shape[1]).expand(-1, weight_shape[0] // self.groups, -1)
+        return per_group.reshape(weight_shape[0], weight_shape[1], *tail)
+
+    def _from_rows(self, values: Tensor, weight_shape: Sequence[int]) -> Tensor:
+        if not self.transposed:
+            return values.view(weight_shape)
+        grouped = values.view(self.groups, weight_shape[1], weight_shape[0] // self.groups, *weight_shape[2:])
+        return grouped.transpose(1, 2).reshape(weight_shape)
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward.default(grad, x, weight, None, *self._arguments(), mask)

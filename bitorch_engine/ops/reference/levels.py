@@ -12,7 +12,7 @@ from torch import Tensor
 from bitorch_engine.bits import BitFormat, bit_format, pack, unpack
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
 
-_CODES = 1  # noise stream
+CODE_STREAM = 1  # of noise
 
 
 def move_levels_(packed: Tensor, residual: Tensor, bits: int, *, start: int, move: Tensor, key: int) -> None:
@@ -23,7 +23,7 @@ def move_levels_(packed: Tensor, residual: Tensor, bits: int, *, start: int, mov
     """
     form = bit_format(bits)
     count = move.numel()
-    noise = uniform24(noise_bits(noise_key(key, _CODES), start, count, move.device))
+    noise = uniform24(noise_bits(noise_key(key, CODE_STREAM), start, count, move.device))
     size = move.abs()
     whole = size.floor()
     whole = whole + (noise < size - whole)

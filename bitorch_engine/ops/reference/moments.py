@@ -1,8 +1,13 @@
 """How Adam's two moving averages are stored: in a float type, or in 8 bits; always rounded stochastically, so unbiased.
 
-An 8-bit moment is a uint8 tensor of shape (blocks, 132): 128 codes, then the block's largest magnitude as the four
-bytes of a float32. Codes are companded, because moments span many decades: ``level = (code / 255)**4`` of that largest
-magnitude for a second moment, ``sign * (code / 127)**2`` for a first one, whose sign is the top bit of the byte.
+An 8-bit moment is a uint8 tensor of shape (blocks, 132): 128 codes, then the block's unit, a power of two above its
+largest magnitude, as the four bytes of a float32. Codes are companded, because moments span many decades: in that unit,
+
+    code = the bits of float32(size + offset), cut after 3 bits of the fraction, less those of the offset
+
+so that codes are a straight line up to the offset and three bits of a float beyond it. The offset is 2**-31 for a
+second moment (all 8 bits) and 2**-15 for a first one (7 bits; the top bit is the sign). Adding noise below the cut
+rounds it stochastically. All of it is integer arithmetic on the bits of a float: no root, no division.
 """
 
 import torch
@@ -41,9 +46,11 @@ def load_moment(stored: Tensor, start: int, stop: int, dtype: torch.dtype, *, si
     if stored.dtype != torch.uint8:
         return stored.view(-1)[start:stop].to(dtype)
     rows = stored[start // BLOCK : -(-stop // BLOCK)]
-    codes = rows[:, :BLOCK]
-    largest = rows[:, BLOCK:].contiguous().view(torch.float32)
-    values = _level((codes & 0x7F if signed else codes).to(torch.float32), signed) * largest
+    codes = rows[:, :BLOCK].to(torch.int32)
+    unit = rows[:, BLOCK:].contiguous().view(torch.float32)
+    base, offset = _companding(signed)
+    size = codes & 0x7F if signed else codes
+    values = (((size + base) << _CUT).view(torch.float32) - offset) * unit
     if signed:
         values = torch.where(codes > 0x7F, -values, values)
     return values.view(-1)[: stop - start].to(dtype)
@@ -53,16 +60,16 @@ def store_moment_(stored: Tensor, start: int, values: Tensor, noise: Tensor | No
     """Round values into elements start, start + 1, ... of a moment, in place.
 
     noise: int32 bits, one an element, or None where ``needs_noise`` says no. First moments (signed) use the low half,
-    second moments the high half.
+    second moments the high half; in 8 bits, 20 bits of either end.
     """
     if noise is None or not needs_noise(stored):
         stored.view(-1)[start : start + values.numel()].copy_(values)
         return
-    noise = low16(noise) if signed else high16(noise)
     values = values.to(torch.float32)
     if stored.dtype == torch.uint8:
         _store_8bit_(stored, start, values, noise, signed=signed)
     else:
+        noise = low16(noise) if signed else high16(noise)
         target = stored.view(-1)[start : start + values.numel()]
         target.copy_(_ROUNDERS[stored.dtype](values, noise))
 
@@ -89,27 +96,28 @@ def _store_8bit_(stored: Tensor, start: int, values: Tensor, noise: Tensor, *, s
     padding = -values.numel() % BLOCK
     blocks = F.pad(values, (0, padding)).view(-1, BLOCK)
     noise = F.pad(noise, (0, padding)).view(-1, BLOCK)
-    magnitude = blocks.abs()
-    largest = magnitude.amax(1, keepdim=True)
-    share = torch.where(largest > 0, magnitude / largest, 0.0)
-    top = 127 if signed else 255
-    root = share.sqrt() if signed else share.sqrt().sqrt()
-    code = (root * top).floor().clamp_max(top - 1)
-    below, above = _level(code, signed), _level(code + 1, signed)
-    code += noise.to(torch.float32) * 2.0**-16 < (share - below) / (above - below)
+    # The power of two above the largest, and its inverse, both normal numbers. As integers, floats are in order.
+    exponent = ((blocks.abs().amax(1, keepdim=True).view(torch.int32) >> 23) + 1).clamp(2, 252)
+    unit, inverse = ((bits << 23).view(torch.float32) for bits in (exponent, 254 - exponent))
+    base, offset = _companding(signed)
+    random = noise & ((1 << _CUT) - 1) if signed else (noise >> (32 - _CUT)) & ((1 << _CUT) - 1)
+    code = (((blocks.abs() * inverse + offset).view(torch.int32) + random) >> _CUT) - base
     if signed:
-        code += 128.0 * (blocks < 0)
+        code |= (blocks.view(torch.int32) >> 24) & 128
     else:
         # A second moment that is positive stays positive: at code 0 the step would be divided by eps alone.
-        code = torch.maximum(code, blocks > 0)
+        code = torch.maximum(code, (blocks > 0).to(torch.int32))
     first = start // BLOCK
     target = stored[first : first + blocks.shape[0]]
     target[:, :BLOCK] = code.to(torch.uint8)
-    target[:, BLOCK:] = largest.view(torch.uint8)
+    target[:, BLOCK:] = unit.view(torch.uint8)
 
 
-def _level(code: Tensor, signed: bool) -> Tensor:
-    """The share of the block's largest magnitude that a code (float, without sign) stands for."""
-    root = code * (1 / 127 if signed else 1 / 255)
-    square = root * root
-    return square if signed else square * square
+_CUT = 20
+"""Bits of a float32 below those that a code keeps."""
+
+
+def _companding(signed: bool) -> tuple[int, float]:
+    """(base, offset): the offset, and its bits as a code has them."""
+    power = -15 if signed else -31
+    return (127 + power) << 3, 2.0**power

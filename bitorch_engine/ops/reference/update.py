@@ -22,18 +22,18 @@ from bitorch_engine.ops.reference.noise import noise_bits, noise_key
 SLICE = 1 << 16
 """Elements handled at a time: a multiple of the 8-bit moments' block and of the eight values that fill whole bytes."""
 
-_MOMENTS = 2  # noise stream
+MOMENT_STREAM = 2  # of noise
 
 
-def update_(
+def update(
     packed: Tensor,
     residual: Tensor,
     scale: Tensor,
     grad: Tensor,
     exp_avg_s: Tensor | None,
     exp_avg_l: Tensor | None,
-    *,
     bits: int,
+    *,
     lr: float,
     beta1: float,
     beta2: float,
@@ -52,18 +52,21 @@ def update_(
     dtype: float32 or float64, what is computed in.
     """
     rows, columns = grad.shape
-    denominator = None
+    levels_per_unit = level_rate(scale, bits) * lr
+    per_row = False
     if exp_avg_s is not None and exp_avg_s.dtype != torch.uint8 and exp_avg_s.numel() == rows != grad.numel():
         channel_second_moment_(exp_avg_s, grad, beta2=beta2, grad_factor=grad_factor)
-        denominator = (exp_avg_s.view(-1).to(dtype) * (1 / correction2)).sqrt() + eps * grad_factor
-    levels_per_unit = level_rate(scale, bits) * lr
+        per_row = True
+        levels_per_unit = levels_per_unit / (
+            (exp_avg_s.view(-1).to(dtype) * (1 / correction2)).sqrt() + eps * grad_factor
+        )
     flat = grad.reshape(-1)
     for start in range(0, flat.numel(), SLICE):
         part = flat[start : start + SLICE].to(dtype) * grad_factor
         row = torch.arange(start, start + part.numel(), device=part.device) // columns
         direction = adam_direction_(
             part,
-            exp_avg_s if denominator is None else None,
+            None if per_row else exp_avg_s,
             exp_avg_l,
             start=start,
             beta1=beta1,
@@ -73,8 +76,6 @@ def update_(
             correction2=correction2,
             key=key,
         )
-        if denominator is not None:
-            direction = direction / denominator[row]
         move_levels_(packed, residual, bits, start=start, move=-(direction * levels_per_unit[row]), key=key)
 
 
@@ -90,7 +91,7 @@ def direction_(
 ) -> Tensor:
     """Advance the moments with a whole gradient and return Adam's direction, the shape of ``grad``, without a step.
 
-    For gradients that are projected, or of parameters that are not packed. Arguments as in ``update_``.
+    For gradients that are projected, or of parameters that are not packed. Arguments as in ``update``.
     """
     flat = grad.reshape(-1)
     out = torch.empty(flat.numel(), dtype=dtype, device=grad.device)
@@ -102,7 +103,7 @@ def direction_(
     return out.view(grad.shape)
 
 
-def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, *, bits: int, key: int) -> None:
+def add(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, bits: int, key: int) -> None:
     """Add ``delta`` (R, K), in units of the weight, to the levels of a weight, rounded stochastically."""
     rate = level_rate(scale, bits)
     flat = delta.reshape(-1)
@@ -144,7 +145,7 @@ def adam_direction_(
     stop = start + grad.numel()
     noise = None
     if needs_noise(exp_avg_s) or needs_noise(exp_avg_l):
-        noise = noise_bits(noise_key(key, _MOMENTS), start, grad.numel(), grad.device)
+        noise = noise_bits(noise_key(key, MOMENT_STREAM), start, grad.numel(), grad.device)
     numerator = grad
     if exp_avg_l is not None:
         m = load_moment(exp_avg_l, start, stop, grad.dtype, signed=True) * beta1 + grad * (1 - beta1)

@@ -1,0 +1,258 @@
+"""Integer convolutions of packed weights: forward and the gradient of the input."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.ops.cpu.arranged import arranged
+from bitorch_engine.ops.cpu.geometry import Geometry, geometry
+from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.reference import quantized_conv as reference
+from bitorch_engine.ops.reference.conv import Convolution
+from bitorch_engine.ops.reference.layout import is_channels_last, new_output
+
+_arranged_values = function("be_qconv_arranged_values", POINTER, INT, INT, result=INT64)
+_phases = function("be_qconv_phases", POINTER, INT, INT, result=INT64)
+_arrange = function("be_qconv_arrange", POINTER, INT, INT, POINTER, INT, INT, POINTER, POINTER, INT)
+_qconv = function("be_qconv", *[POINTER] * 11, result=INT)
+
+_FLOATS, _CODES, _GRADIENT = 0, 1, 2  # SourceKind of csrc/qconv/image.h
+_DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
+
+_Triple = ctypes.c_int64 * 3
+
+
+class _Arguments(ctypes.Structure):
+    """QconvArguments of csrc/qconv/qconv.cpp."""
+
+    _fields_ = (
+        ("geometry", Geometry),
+        *((name, ctypes.c_int64) for name in ("scatter", "rows_are_results", "source", "x_dtype", "x_sample")),
+        ("x_channel", ctypes.c_int64),
+        ("x_step", _Triple),
+        *((name, ctypes.c_int64) for name in ("x_bits", "w_bits", "w_arranged_bits", "out_dtype", "out_bytes")),
+        *((name, ctypes.c_int64) for name in ("out_zero", "out_sample", "out_channel")),
+        ("out_step", _Triple),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class _Problem:
+    """One use of the engine for one set of shapes: the arguments that do not change from call to call."""
+
+    def __init__(
+        self,
+        x: tuple[int, ...],
+        out: tuple[int, ...],
+        weight_shape: tuple[int, ...],
+        convolution: Convolution,
+        forward: bool,
+        x_strides: tuple[int, ...],
+        out_strides: tuple[int, ...],
+        **fields: int,
+    ) -> None:
+        c = convolution
+        self.arguments = _Arguments(**fields)
+        if c.transposed:
+            place = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=x)
+        else:
+            place = geometry(x, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out)
+        self.arguments.geometry = place
+        self.arguments.scatter = forward == c.transposed
+        self.arguments.rows_are_results = forward
+        _set_strides(self.arguments, "x", x_strides)
+        _set_strides(self.arguments, "out", out_strides)
+        self.address = ctypes.addressof(self.arguments)
+        # What the order of the weights depends on; where nothing scatters, not on the sizes of the maps.
+        self.order: tuple[Any, ...] = (weight_shape, c.groups, forward)
+        if self.arguments.scatter:
+            self.order += (c, x if forward == c.transposed else out)
+
+    def arrange(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight in the engine's order, and the sums of its codes."""
+        a = self.arguments
+        place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
+        g = a.geometry
+        blocks = g.groups * -(-((g.in_channels if a.scatter else g.out_channels) // g.groups) // 16)
+        weights = torch.empty(_arranged_values(*place) * a.w_arranged_bits // 8, dtype=torch.uint8)
+        sums = torch.empty(_phases(*place), blocks * 16, dtype=torch.int32)
+        _arrange(*place, packed.data_ptr(), a.w_bits, a.w_arranged_bits, weights.data_ptr(), sums.data_ptr(), threads())
+        return weights, sums
+
+    def run(self, x: Tensor, packed: Tensor, factor: Tensor, out: Tensor, *more: Tensor | None, keep: bool) -> Tensor:
+        """more: scale, low, sample_factor, bias, poison."""
+        weights, sums = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
+        scale, low, sample_factor, bias, poison = (None if t is None else t.data_ptr() for t in more)
+        _qconv(
+            self.address,
+            x.data_ptr(),
+            scale,
+            low,
+            weights.data_ptr(),
+            sums.data_ptr(),
+            factor.data_ptr(),
+            sample_factor,
+            bias,
+            poison,
+            out.data_ptr(),
+        )
+        return out
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    kind: int,
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    fields: tuple[Any, ...],
+    x_strides: tuple[int, ...],
+    a_bit: int,
+    w_bit: int,
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    channels_last: bool,
+    thread_count: int,
+) -> tuple[_Problem, tuple[int, ...], tuple[int, ...]] | None:
+    """(problem, shape of the result, its strides), or None for what the kernel does not have."""
+    convolution = Convolution(*fields)
+    out = tuple(convolution.output_shape(shape, weight_shape))
+    taps = prod(weight_shape[2:])
+    deepest = max(shape[1], out[1]) // convolution.groups * taps
+    if {x_dtype, out_dtype} - DTYPES.keys() or len(shape) > 5 or not 0 < deepest < _DEEPEST or min(*shape, *out) < 1:
+        return None
+    forward = kind != _GRADIENT
+    result = out if forward else shape
+    strides = new_output(torch.empty(0, device="meta"), result, out_dtype, channels_last).stride()
+    problem = _Problem(
+        shape,
+        out,
+        weight_shape,
+        convolution,
+        forward,
+        x_strides or (0,) * len(shape),
+        strides,
+        source=kind,
+        x_dtype=DTYPES[x_dtype],
+        x_bits=a_bit,
+        w_bits=w_bit,
+        w_arranged_bits=w_bit if kind == _FLOATS else 8,  # what is used once is not packed again
+        out_dtype=DTYPES[out_dtype],
+        threads=thread_count,
+    )
+    return problem, result, strides
+
+
+def _key(fields: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(field) if isinstance(field, list) else field for field in fields)
+
+
+def conv(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    w_bit: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Tensor:
+    found = _problem(
+        _FLOATS,
+        tuple(x.shape),
+        tuple(weight_shape),
+        _key(fields),
+        x.stride(),
+        a_bit,
+        w_bit,
+        x.dtype,
+        x.dtype,
+        is_channels_last(x),
+        threads(),
+    )
+    if found is None:
+        return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
+    problem, shape, strides = found
+    y = torch.empty_strided(shape, strides, dtype=x.dtype)
+    bias = bias if bias is None else bias.to(torch.float32)
+    return problem.run(x, packed, channel_scale, y, scale, low, None, bias, None, keep=True)
+
+
+def conv_codes(
+    codes: Tensor,
+    shape: Sequence[int],
+    scale: Tensor,
+    low: Tensor,
+    poison: Tensor,
+    a_bit: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    w_bit: int,
+    weight_shape: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    *fields, dtype, channels_last = rest
+    found = _problem(
+        _CODES,
+        tuple(shape),
+        tuple(weight_shape),
+        _key(fields),
+        (),
+        a_bit,
+        w_bit,
+        torch.float32,
+        dtype,
+        channels_last,
+        threads(),
+    )
+    if found is None:
+        return reference.conv_codes(
+            codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit, weight_shape, *rest
+        )
+    problem, result, strides = found
+    y = torch.empty_strided(result, strides, dtype=dtype)
+    return problem.run(codes, packed, channel_scale, y, scale, low, None, None, poison, keep=False)
+
+
+def conv_grad_input(
+    grad_codes: Tensor,
+    grad_scale: Tensor,
+    packed: Tensor,
+    w_bit: int,
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    *fields, dtype, channels_last = rest
+    found = _problem(
+        _GRADIENT,
+        tuple(shape),
+        tuple(weight_shape),
+        _key(fields),
+        (),
+        8,
+        w_bit,
+        torch.float32,
+        dtype,
+        channels_last,
+        threads(),
+    )
+    if found is None:
+        return reference.conv_grad_input(grad_codes, grad_scale, packed, w_bit, shape, weight_shape, *rest)
+    problem, result, strides = found
+    grad_x = torch.empty_strided(result, strides, dtype=dtype)
+    ones = torch.ones(shape[1])
+    return problem.run(grad_codes, packed, ones, grad_x, None, None, grad_scale, None, None, keep=False)
+
+
+def _set_strides(arguments: _Arguments, name: str, strides: Sequence[int]) -> None:
+    sample, channel, *steps = strides
+    setattr(arguments, f"{name}_sample", sample)
+    setattr(arguments, f"{name}_channel", channel)
+    setattr(arguments, f"{name}_step", _Triple(*[0] * (3 - len(steps)), *steps))

@@ -1,0 +1,90 @@
+#include "qconv/image.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "bits/bits.h"
+#include "runtime/parallel.h"
+
+namespace bitorch_engine {
+namespace {
+
+// Copies `pixels` x `channels` dense bytes to pixels of `stride` bytes, each group of channels padded to `depth`.
+void spread(const uint8_t* from, int64_t pixels, const Product& p, uint8_t* to) {
+  const int64_t channels = p.groups * p.image_channels;
+  if (p.image_depth == p.image_channels) {
+    std::memcpy(to, from, pixels * channels);
+    return;
+  }
+  for (int64_t i = 0; i < pixels * p.groups; ++i)
+    std::memcpy(to + i * p.image_depth, from + i * p.image_channels, p.image_channels);
+}
+
+}  // namespace
+
+Image::Image(const Product& p, SourceKind kind, const void* x, Dtype dtype, int64_t sample_stride,
+             int64_t channel_stride, const int64_t* steps, int bits, float scale, float low, int threads) {
+  const int64_t pitch = p.pixel_bytes(), channels = p.groups * p.image_channels;
+  const int step = kind != SourceKind::GRADIENT && bits == 1 ? 2 : 1;
+  zero_ = kind == SourceKind::GRADIENT ? 128 : bits == 1 ? 1 : static_cast<int>(-low);
+  largest_ = kind == SourceKind::GRADIENT ? 255 : bits == 1 ? 2 : (1 << bits) - 1;
+  // Tiles read whole vectors: a little more than the last pixel.
+  const int64_t size = p.batch * p.padded_pixels() * pitch;
+  bytes_.reset(new uint8_t[size + 64]);
+  std::memset(bytes_.get() + size, 0, 64);
+  const bool dense = p.image_depth == p.image_channels;
+  std::atomic<bool> odd{false};
+  const ActivationRule rule{1.0f / scale, low, bits, step};
+  const auto quantize = quantize_activation_kernel.pick();
+
+  // One line of pixels, in x and in the image, at a time.
+  const int64_t lines = p.batch * p.padded[0] * p.padded[1], length = p.padded[2] * pitch;
+  parallel_for(lines, std::max<int64_t>(1, 16384 / std::max<int64_t>(length, 1)), threads, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<uint8_t[]> row(new uint8_t[p.image[2] * channels + 16]);
+    bool seen = false;
+    for (int64_t line = first; line < last; ++line) {
+      uint8_t* to = bytes_.get() + line * length;
+      const int64_t y = line % p.padded[1] - p.before[1], z = line / p.padded[1] % p.padded[0] - p.before[0];
+      const int64_t sample = line / p.padded[1] / p.padded[0];
+      const bool inside = y >= 0 && y < p.image[1] && z >= 0 && z < p.image[0];
+      const int64_t width = inside ? p.image[2] : 0;
+      const int64_t head = inside ? p.before[2] * pitch : length;
+      if (dense) {
+        std::memset(to, zero_, head);
+        std::memset(to + head + width * pitch, zero_, length - head - width * pitch);
+      } else {
+        std::memset(to, 0, length);
+        for (int64_t i = 0; i < p.padded[2]; ++i)
+          if (!inside || i < p.before[2] || i >= p.before[2] + width)
+            for (int64_t g = 0; g < p.groups; ++g)
+              std::memset(to + i * pitch + g * p.image_depth, zero_, p.image_channels);
+      }
+      if (!inside) continue;
+      to += head;
+      const int64_t line_start = ((sample * p.image[0] + z) * p.image[1] + y) * width;  // in pixels of a dense tensor
+      if (kind == SourceKind::FLOATS) {
+        const int64_t offset = sample * sample_stride + z * steps[0] + y * steps[1];
+        const uint8_t* source = static_cast<const uint8_t*>(x) + offset * (dtype == FLOAT32 ? 4 : 2);
+        seen |= quantize(source, dtype, steps[2], channel_stride, width, channels, rule, dense ? to : row.get(),
+                         channels, nullptr);
+        if (!dense) spread(row.get(), width, p, to);
+      } else if (kind == SourceKind::GRADIENT) {
+        const uint8_t* source = static_cast<const uint8_t*>(x) + line_start * channels;
+        uint8_t* bytes = dense ? to : row.get();
+        for (int64_t i = 0; i < width * channels; ++i) bytes[i] = source[i] ^ 0x80;
+        if (!dense) spread(bytes, width, p, to);
+      } else {
+        uint8_t* bytes = dense ? to : row.get();
+        unpack_range(static_cast<const uint8_t*>(x), line_start * channels, width * channels, bits, bytes);
+        if (step == 2)
+          for (int64_t i = 0; i < width * channels; ++i) bytes[i] = static_cast<uint8_t>(bytes[i] * 2);
+        if (!dense) spread(bytes, width, p, to);
+      }
+    }
+    if (seen) odd = true;
+  });
+  odd_ = odd;
+}
+
+}  // namespace bitorch_engine

@@ -1,0 +1,235 @@
+#include "qconv/qconv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "qconv/image.h"
+#include "qconv/product.h"
+#include "runtime/parallel.h"
+
+namespace bitorch_engine {
+
+const Kernel<MultiplyFunction> multiply_kernel{
+    "qconv.multiply",
+    {multiply_scalar, nullptr, BE_X86(multiply_avx2), BE_X86(multiply_avx512), BE_X86(multiply_amx)}};
+const Kernel<DecodeFunction> decode_kernel{
+    "qconv.decode", {decode_scalar, nullptr, BE_X86(decode_avx2), BE_X86(decode_avx512)}};
+const Kernel<FinishFunction> finish_kernel{
+    "qconv.finish", {finish_scalar, nullptr, BE_X86(finish_avx2), BE_X86(finish_avx512)}};
+
+namespace {
+
+constexpr int64_t PANEL_BYTES = 1 << 20;  // decoded weights that are used together: they should stay in the L2 cache
+
+// What stays the same over a whole call.
+struct Call {
+  const Product& product;
+  const uint8_t* image;
+  const uint8_t* weights;  // arranged: packed, or codes where bits is 8
+  int bits;
+  bool wide;
+  const int32_t* zero_sums;  // (phases, groups * blocks * 16)
+  Epilogue epilogue;         // with pointers to the first result channel, and to the first sample's factor
+  uint8_t* out;
+  int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
+  int64_t element_bytes;
+};
+
+// A run of result pixels of one phase, all samples in a row: where they read and where they write.
+struct Pixels {
+  const Call& call;
+  const Phase& phase;
+
+  int64_t count() const { return call.product.batch * phase.count[0] * phase.count[1] * phase.count[2]; }
+
+  // For pixels first .. first + n - 1: offsets of their bases in the image, of their results in out, and their samples.
+  void locate(int64_t first, int64_t n, int64_t* bases, int64_t* places, int64_t* samples) const {
+    const Product& p = call.product;
+    const int64_t *c = phase.count, *s = p.base_step;
+    int64_t x = first % c[2], rest = first / c[2];
+    int64_t y = rest % c[1];
+    rest /= c[1];
+    int64_t z = rest % c[0], sample = rest / c[0];
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t base[3] = {z * s[0] + p.before[0], y * s[1] + p.before[1], x * s[2] + p.before[2]};
+      bases[i] = (((sample * p.padded[0] + base[0]) * p.padded[1] + base[1]) * p.padded[2] + base[2]) * p.pixel_bytes();
+      const int64_t place[3] = {phase.first[0] + z * p.result_step[0], phase.first[1] + y * p.result_step[1],
+                                phase.first[2] + x * p.result_step[2]};
+      places[i] = sample * call.out_sample + place[0] * call.out_step[0] + place[1] * call.out_step[1] +
+                  place[2] * call.out_step[2];
+      samples[i] = sample;
+      if (++x == c[2]) {
+        x = 0;
+        if (++y == c[1]) {
+          y = 0;
+          if (++z == c[0]) {
+            z = 0;
+            ++sample;
+          }
+        }
+      }
+    }
+  }
+};
+
+// One thread's share: result pixels first_pixel .. last_pixel, blocks first_block .. last_block of one group and phase.
+void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t first_pixel, int64_t last_pixel,
+                   int64_t first_block, int64_t last_block) {
+  const Product& p = call.product;
+  const Phase& phase = p.phases[phase_index];
+  const Pixels pixels{call, phase};
+  const auto multiply = multiply_kernel.pick();
+  const auto decode = decode_kernel.pick();
+  const auto finish = finish_kernel.pick();
+  const int64_t taps = static_cast<int64_t>(phase.taps.size());
+  const int64_t block_bytes = phase.depth * BLOCK;
+
+  // Tiles of the matrix unit read 64 bytes of 16 pixels at equal distances. Where channels or positions do not allow
+  // that, the bytes that a pixel reads are gathered into one row first, and a row is one tap.
+  const bool tiles = current_isa() == AMX;
+  const bool aligned = p.image_depth % DEPTH == 0;
+  const std::unique_ptr<int64_t[]> offsets(new int64_t[std::max<int64_t>(taps, 1)]);
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t* shift = phase.taps[t].shift;
+    offsets[t] = ((shift[0] * p.padded[1] + shift[1]) * p.padded[2] + shift[2]) * p.pixel_bytes();
+  }
+  const int64_t one_tap = 0;
+
+  const int64_t panel_blocks = std::max<int64_t>(COLUMNS / BLOCK, PANEL_BYTES / std::max<int64_t>(block_bytes, 1) &
+                                                                      ~(COLUMNS / BLOCK - 1));
+  const bool packed = call.bits != 8;
+  const std::unique_ptr<int8_t[]> panel(
+      packed ? new int8_t[std::min(panel_blocks, last_block - first_block) * block_bytes] : nullptr);
+  const std::unique_ptr<uint8_t[]> gathered(tiles ? new uint8_t[ROWS * phase.depth] : nullptr);
+  alignas(64) int32_t totals[ROWS * COLUMNS];
+  int64_t bases[ROWS], places[ROWS], samples[ROWS];
+  const uint8_t* rows[ROWS];
+  void* out[ROWS];
+  float sample_factor[ROWS];
+  const uint8_t* image = call.image + group * p.image_depth;
+
+  for (int64_t b0 = first_block; b0 < last_block; b0 += panel_blocks) {
+    const int64_t b1 = std::min(last_block, b0 + panel_blocks);
+    const int64_t start = phase.weights + (group * p.blocks() + b0) * block_bytes;
+    const int8_t* weights = reinterpret_cast<const int8_t*>(call.weights) + start;
+    if (packed) {
+      decode(call.weights + start / 8 * call.bits, (b1 - b0) * block_bytes, call.bits, panel.get());
+      weights = panel.get();
+    }
+    for (int64_t first = first_pixel; first < last_pixel; first += ROWS) {
+      const int64_t count = std::min(ROWS, last_pixel - first);
+      pixels.locate(first, count, bases, places, samples);
+      for (int64_t i = 0; i < count; ++i) rows[i] = image + bases[i];
+      Tile tile{rows, count, offsets.get(), taps, p.image_depth, nullptr, block_bytes, 0, totals, call.wide};
+      if (tiles) {
+        bool regular = aligned;
+        for (int64_t i = 0; i < count; i += 16)
+          for (int64_t j = i + 2; j < std::min(i + 16, count); ++j)
+            regular &= bases[j] - bases[j - 1] == bases[i + 1] - bases[i];
+        if (!regular) {
+          for (int64_t i = 0; i < count; ++i) {
+            uint8_t* row = gathered.get() + i * phase.depth;
+            for (int64_t t = 0; t < taps; ++t) std::memcpy(row + t * p.image_depth, rows[i] + offsets[t], p.image_depth);
+            std::memset(row + taps * p.image_depth, 0, phase.depth - taps * p.image_depth);
+          }
+          for (int64_t i = 0; i < count; ++i) rows[i] = gathered.get() + i * phase.depth;
+          tile.offsets = &one_tap;
+          tile.taps = 1;
+          tile.tap_depth = phase.depth;
+        }
+      }
+      for (int64_t b = b0; b < b1; b += COLUMNS / BLOCK) {
+        tile.blocks = std::min(COLUMNS / BLOCK, b1 - b);
+        tile.weights = weights + (b - b0) * block_bytes;
+        multiply(tile);
+        const int64_t channel = group * p.result_channels + b * BLOCK;
+        const int64_t padded_channel = (static_cast<int64_t>(phase_index) * p.groups + group) * p.blocks() * BLOCK + b * BLOCK;
+        Epilogue epilogue = call.epilogue;
+        epilogue.zero_sum = call.zero_sums + padded_channel;
+        epilogue.factor += channel;
+        if (epilogue.bias) epilogue.bias += channel;
+        if (epilogue.sample_factor) {
+          for (int64_t i = 0; i < count; ++i) sample_factor[i] = call.epilogue.sample_factor[samples[i]];
+          epilogue.sample_factor = sample_factor;
+        }
+        for (int64_t i = 0; i < count; ++i)
+          out[i] = call.out + (places[i] + channel * call.out_channel) * call.element_bytes;
+        finish(totals, count, std::min(tile.blocks * BLOCK, p.result_channels - b * BLOCK), epilogue, out,
+               call.out_channel);
+      }
+    }
+  }
+}
+
+void multiply_all(const Call& call, int threads) {
+  const Product& p = call.product;
+  for (size_t f = 0; f < p.phases.size(); ++f) {
+    const int64_t pixels = Pixels{call, p.phases[f]}.count();
+    for (int64_t group = 0; group < p.groups; ++group) {
+      // Threads share the pixels; where those are few, the channels.
+      if (pixels >= 2 * ROWS * threads || p.blocks() < 2 * COLUMNS / BLOCK) {
+        parallel_for(pixels, 48, threads, [&](int64_t first, int64_t last) {
+          multiply_part(call, f, group, first, last, 0, p.blocks());
+        });
+      } else {
+        parallel_for(p.blocks(), COLUMNS / BLOCK, threads, [&](int64_t first, int64_t last) {
+          multiply_part(call, f, group, 0, pixels, first, last);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitorch_engine
+
+using namespace bitorch_engine;
+
+// The arguments of be_qconv that are not tensors of a layer; ops/cpu/conv.py has the same fields.
+struct QconvArguments {
+  Geometry geometry;
+  int64_t scatter, rows_are_results;  // see product.h
+  int64_t source;                     // SourceKind
+  int64_t x_dtype, x_sample, x_channel, x_step[3];  // floats: dtype and strides in elements
+  int64_t x_bits;                                   // bits of the activation's codes
+  int64_t w_bits, w_arranged_bits;
+  int64_t out_dtype, out_bytes, out_zero, out_sample, out_channel, out_step[3];
+  int64_t threads;
+};
+
+// x: floats, a packed stream of codes, or signed gradient codes.  scale, low: of the activation quantizer.
+// factor: one float a result channel; where x are floats it is multiplied by *scale here.
+// sums: of be_qconv_arrange.  poison: added to every result, or null.  Returns 0.
+BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scale, const float* low,
+                       const uint8_t* weights, const int32_t* sums, const float* factor, const float* sample_factor,
+                       const float* bias, const float* poison, void* out) {
+  const Product p(a->geometry, a->scatter, a->rows_are_results);
+  const int threads = static_cast<int>(a->threads);
+  const Image image(p, static_cast<SourceKind>(a->source), x, static_cast<Dtype>(a->x_dtype), a->x_sample, a->x_channel,
+                    a->x_step, static_cast<int>(a->x_bits), scale ? *scale : 1.0f, low ? *low : 0.0f, threads);
+  const int64_t padded = p.groups * p.blocks() * BLOCK, phases = static_cast<int64_t>(p.phases.size());
+  const std::unique_ptr<int32_t[]> zero_sums(new int32_t[phases * padded]);
+  for (int64_t i = 0; i < phases * padded; ++i) zero_sums[i] = sums[i] * image.zero();
+  const int64_t channels = p.groups * p.result_channels;
+  std::unique_ptr<float[]> factors;
+  if (scale) {
+    factors.reset(new float[channels]);
+    for (int64_t i = 0; i < channels; ++i) factors[i] = factor[i] * *scale;
+    factor = factors.get();
+  }
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float added = (poison ? *poison : 0.0f) + (image.odd() ? nan : 0.0f);
+  const int64_t largest_weight = int64_t{1} << (a->w_bits - 1);
+  const Epilogue epilogue{nullptr, factor, bias, sample_factor, added, static_cast<Dtype>(a->out_dtype),
+                          a->out_bytes != 0, static_cast<int>(a->out_zero)};
+  const int64_t element = a->out_bytes ? 1 : a->out_dtype == FLOAT32 ? 4 : 2;
+  const Call call{p, image.bytes(), weights, static_cast<int>(a->w_arranged_bits),
+                  2 * image.largest() * largest_weight > 32767, zero_sums.get(), epilogue, static_cast<uint8_t*>(out),
+                  a->out_sample, a->out_channel, {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
+  multiply_all(call, threads);
+  return 0;
+}

@@ -1,0 +1,65 @@
+// Integer convolution of an unsigned 8-bit image with a weight of 1 to 8 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "quantize/quantize.h"
+#include "runtime/table.h"
+
+namespace bitorch_engine {
+
+// The signed code of index 0; at 1 bit the codes are -1 and +1.
+static inline int lowest_code(int bits) { return bits == 1 ? -1 : -(1 << (bits - 1)); }
+
+// One tile of the product: `count` image pixels times `blocks` blocks of 16 result channels.
+//   totals[i][o] = sum over taps t, k < tap_depth of rows[i][offsets[t] + k] * weights[o / 16][t * tap_depth + k][o % 16]
+// where weights is as in arrange.cpp, as signed bytes, each block block_bytes long, and totals is (count, COLUMNS) int32.
+struct Tile {
+  const uint8_t* const* rows;
+  int64_t count;  // at most ROWS
+  const int64_t* offsets;
+  int64_t taps, tap_depth;  // tap_depth: a multiple of 4
+  const int8_t* weights;
+  int64_t block_bytes, blocks;  // blocks: at most COLUMNS / 16
+  int32_t* totals;
+  bool wide;  // a sum of two products may not fit 16 bits
+};
+using MultiplyFunction = void (*)(const Tile& tile);
+
+// Index values of `bits` bits, a packed stream, to signed codes. count: a multiple of 1024.
+using DecodeFunction = void (*)(const uint8_t* packed, int64_t count, int bits, int8_t* codes);
+
+// What is made of the totals of `count` result pixels and `channels` channels:
+//   (float(total - zero_sum[o]) * factor[o]) * sample_factor + bias[o] + poison
+struct Epilogue {
+  const int32_t* zero_sum;
+  const float* factor;
+  const float* bias;           // or null
+  const float* sample_factor;  // one a row, or null
+  float poison;
+  // One of these: floats, or bytes clamp(rint(value) + zero).
+  Dtype dtype;
+  bool bytes;
+  int zero;
+};
+// out[i] is where the first channel of row i goes; channel_stride in elements. Rows whose out follow each other by one
+// element (runs of pixels where channels are not last) may be written together.
+using FinishFunction = void (*)(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& epilogue,
+                                void* const* out, int64_t channel_stride);
+
+#define BE_QCONV(isa)                                                                                       \
+  void multiply_##isa(const Tile& tile);                                                                    \
+  void decode_##isa(const uint8_t* packed, int64_t count, int bits, int8_t* codes);                         \
+  void finish_##isa(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& epilogue,       \
+                    void* const* out, int64_t channel_stride);
+BE_QCONV(scalar)
+BE_QCONV(avx2)
+BE_QCONV(avx512)
+#undef BE_QCONV
+void multiply_amx(const Tile& tile);
+
+extern const Kernel<MultiplyFunction> multiply_kernel;
+extern const Kernel<DecodeFunction> decode_kernel;
+extern const Kernel<FinishFunction> finish_kernel;
+
+}  // namespace bitorch_engine

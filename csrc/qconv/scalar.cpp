@@ -1,0 +1,53 @@
+#include <cmath>
+#include <cstring>
+
+#include "bits/bits.h"
+#include "qconv/product.h"
+#include "qconv/qconv.h"
+#include "runtime/convert.h"
+
+namespace bitorch_engine {
+
+void multiply_scalar(const Tile& tile) {
+  for (int64_t i = 0; i < tile.count; ++i)
+    for (int64_t b = 0; b < tile.blocks; ++b) {
+      int32_t* totals = tile.totals + i * COLUMNS + b * BLOCK;
+      for (int64_t o = 0; o < BLOCK; ++o) totals[o] = 0;
+      const int8_t* weights = tile.weights + b * tile.block_bytes;
+      for (int64_t t = 0; t < tile.taps; ++t) {
+        const uint8_t* pixel = tile.rows[i] + tile.offsets[t];
+        for (int64_t k = 0; k < tile.tap_depth; k += 4, weights += 4 * BLOCK)
+          for (int64_t o = 0; o < BLOCK; ++o)
+            for (int64_t j = 0; j < 4; ++j) totals[o] += pixel[k + j] * weights[4 * o + j];
+      }
+    }
+}
+
+void decode_scalar(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
+  unpack_scalar(packed, reinterpret_cast<uint8_t*>(codes), count, bits);
+  const int low = lowest_code(bits), step = bits == 1 ? 2 : 1;
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(static_cast<uint8_t>(codes[i]) * step + low);
+}
+
+void finish_scalar(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
+                   int64_t channel_stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t o = 0; o < channels; ++o) {
+      float value = static_cast<float>(totals[i * COLUMNS + o] - e.zero_sum[o]) * e.factor[o];
+      if (e.sample_factor) value *= e.sample_factor[i];
+      if (e.bias) value += e.bias[o];
+      value += e.poison;
+      const int64_t place = o * channel_stride;
+      if (e.bytes) {
+        const float byte = std::fmin(std::fmax(std::nearbyint(value) + static_cast<float>(e.zero), 0.0f), 255.0f);
+        static_cast<uint8_t*>(out[i])[place] = static_cast<uint8_t>(byte);
+      } else if (e.dtype == FLOAT32) {
+        static_cast<float*>(out[i])[place] = value;
+      } else {
+        static_cast<uint16_t*>(out[i])[place] = e.dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+      }
+    }
+  }
+}
+
+}  // namespace bitorch_engine

@@ -1,0 +1,189 @@
+#include <immintrin.h>
+
+#include "qconv/product.h"
+#include "qconv/qconv.h"
+
+namespace bitorch_engine {
+namespace {
+
+// MR pixels times NV blocks of 16 channels. The accumulators stay in registers only in a function that is nothing but
+// this loop, with constant bounds: 24 of them, 4 vectors of weights, and one broadcast.
+template <int MR, int NV>
+void tile(const Tile& t, int64_t first) {
+  __m512i acc[MR][NV];
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[m][j] = _mm512_setzero_si512();
+  const int8_t* weights = t.weights;
+  const int64_t block = t.block_bytes;
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const uint8_t* pixel[MR];
+#pragma GCC unroll 6
+    for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
+    for (int64_t k = 0; k < t.tap_depth; k += 4, weights += 64) {
+      __m512i w[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) w[j] = _mm512_loadu_si512(weights + j * block);
+#pragma GCC unroll 6
+      for (int m = 0; m < MR; ++m) {
+        int four;
+        __builtin_memcpy(&four, pixel[m] + k, 4);
+        const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[m][j] = _mm512_dpbusd_epi32(acc[m][j], x, w[j]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) _mm512_storeu_si512(t.totals + (first + m) * COLUMNS + j * BLOCK, acc[m][j]);
+}
+
+using TileFunction = void (*)(const Tile&, int64_t);
+constexpr TileFunction TILES[6][4] = {
+    {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>}, {tile<2, 1>, tile<2, 2>, tile<2, 3>, tile<2, 4>},
+    {tile<3, 1>, tile<3, 2>, tile<3, 3>, tile<3, 4>}, {tile<4, 1>, tile<4, 2>, tile<4, 3>, tile<4, 4>},
+    {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>}};
+
+__m512 value_of(const int32_t* totals, const Epilogue& e, int64_t row, int64_t o, __mmask16 mask) {
+  const __m512i zero = _mm512_maskz_loadu_epi32(mask, e.zero_sum + o);
+  const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + row * COLUMNS + o), zero);
+  __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_maskz_loadu_ps(mask, e.factor + o));
+  if (e.sample_factor) value = _mm512_mul_ps(value, _mm512_set1_ps(e.sample_factor[row]));
+  if (e.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, e.bias + o));
+  return _mm512_add_ps(value, _mm512_set1_ps(e.poison));
+}
+
+__m256i bfloat16_of(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
+}
+
+__m128i bytes_of(__m512 value, const Epilogue& e) {
+  const __m512 low = _mm512_max_ps(_mm512_roundscale_ps(value, 0), _mm512_set1_ps(-1e6f));
+  const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(low, _mm512_set1_ps(1e6f)));
+  const __m512i byte = _mm512_add_epi32(rounded, _mm512_set1_epi32(e.zero));
+  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(byte, _mm512_setzero_si512()));
+}
+
+// Channels o .. o + 15 of one row, where channels are last.
+void store(__m512 value, const Epilogue& e, void* out, int64_t o, __mmask16 mask) {
+  if (e.bytes)
+    _mm_mask_storeu_epi8(static_cast<uint8_t*>(out) + o, mask, bytes_of(value, e));
+  else if (e.dtype == FLOAT32)
+    _mm512_mask_storeu_ps(static_cast<float*>(out) + o, mask, value);
+  else
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + o, mask,
+                             e.dtype == BFLOAT16 ? bfloat16_of(value) : _mm512_cvtps_ph(value, 0));
+}
+
+// 16 rows of 16 to 16 columns of 16, in four rounds of interleaving.
+void transpose(__m512 (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
+    const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+}  // namespace
+
+void multiply_avx512(const Tile& t) {
+  for (int64_t i = 0; i < t.count; i += 6) TILES[(t.count - i < 6 ? t.count - i : 6) - 1][t.blocks - 1](t, i);
+}
+
+// 64 values are 8 * bits bytes. Each group of eight goes to a 64-bit lane, where every byte picks its own eight bits.
+void decode_avx512(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
+  alignas(64) uint8_t lanes[64], shifts[64];
+  for (int i = 0; i < 64; ++i) {
+    lanes[i] = static_cast<uint8_t>(i / 8 * bits + i % 8);
+    shifts[i] = static_cast<uint8_t>(i % 8 * bits);
+  }
+  const __m512i lane = _mm512_load_si512(lanes), shift = _mm512_load_si512(shifts);
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
+  const __m512i low = _mm512_set1_epi8(static_cast<char>(lowest_code(bits)));
+  const __mmask64 present = (uint64_t{1} << (8 * bits)) - 1;
+  for (int64_t i = 0; i < count; i += 64, packed += 8 * bits) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(present, packed);
+    const __m512i wide = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(lane, bytes));
+    __m512i index = _mm512_and_si512(wide, mask);
+    if (bits == 1) index = _mm512_add_epi8(index, index);
+    _mm512_storeu_si512(codes + i, _mm512_add_epi8(index, low));
+  }
+}
+
+void finish_avx512(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
+                   int64_t channel_stride) {
+  const bool transposed = channel_stride != 1 && e.dtype == FLOAT32 && !e.bytes;
+  for (int64_t o = 0; o < channels; o += 16) {
+    const int64_t some = channels - o < 16 ? channels - o : 16;
+    const __mmask16 mask = static_cast<__mmask16>((1 << some) - 1);
+    if (channel_stride == 1) {
+      for (int64_t i = 0; i < count; ++i) store(value_of(totals, e, i, o, mask), e, out[i], o, mask);
+      continue;
+    }
+    for (int64_t i = 0; i < count;) {
+      // A run of result pixels that follow each other in memory.
+      int64_t run = 1;
+      while (transposed && run < 16 && i + run < count &&
+             static_cast<float*>(out[i + run]) == static_cast<float*>(out[i]) + run)
+        ++run;
+      __m512 r[16];
+      for (int64_t q = 0; q < run; ++q) r[q] = value_of(totals, e, i + q, o, mask);
+      if (run == 1) {
+        alignas(64) float values[16];
+        alignas(64) uint16_t halves[16];
+        uint8_t bytes[16];
+        _mm512_store_ps(values, r[0]);
+        if (e.bytes) _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(r[0], e));
+        else if (e.dtype != FLOAT32)
+          _mm256_store_si256(reinterpret_cast<__m256i*>(halves),
+                             e.dtype == BFLOAT16 ? bfloat16_of(r[0]) : _mm512_cvtps_ph(r[0], 0));
+        for (int64_t c = 0; c < some; ++c) {
+          const int64_t place = (o + c) * channel_stride;
+          if (e.bytes) static_cast<uint8_t*>(out[i])[place] = bytes[c];
+          else if (e.dtype == FLOAT32) static_cast<float*>(out[i])[place] = values[c];
+          else static_cast<uint16_t*>(out[i])[place] = halves[c];
+        }
+      } else {
+        for (int64_t q = run; q < 16; ++q) r[q] = _mm512_setzero_ps();
+        transpose(r);
+        float* place = static_cast<float*>(out[i]) + o * channel_stride;
+        const __mmask16 pixels = static_cast<__mmask16>((1 << run) - 1);
+        for (int64_t c = 0; c < some; ++c) _mm512_mask_storeu_ps(place + c * channel_stride, pixels, r[c]);
+      }
+      i += run;
+    }
+  }
+}
+
+}  // namespace bitorch_engine
