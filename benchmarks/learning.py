@@ -195,7 +195,8 @@ def network(row: Row) -> nn.Module:
             layer.__class__ = QATConv2d
             layer.quantize_(row.w_bit)
     elif row.w_bit is not None:
-        quantize_(model, row.w_bit, row.a_bit, row.g_bit, skip=first, learn_scale=row.learn_scale)
+        linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        quantize_(model, row.w_bit, row.a_bit, row.g_bit, skip=[first, *linear], learn_scale=row.learn_scale)
     return model
 
 

@@ -114,7 +114,8 @@ class Training:
         if setting.w_bit is None:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         else:
-            quantize_(self.model, setting.w_bit, setting.a_bit, overrides={"0": {"a_bit": None}})
+            classifier = str(len(self.model) - 1)
+            quantize_(self.model, setting.w_bit, setting.a_bit, skip=classifier, overrides={"0": {"a_bit": None}})
             self.optimizer = DiodeMix(self.model.parameters(), lr=1e-3, memory=setting.memory)
         for parameter in self.model.parameters():
             parameter.register_post_accumulate_grad_hook(self._count_gradients)

@@ -3,6 +3,13 @@
 from bitorch_engine import optim
 from bitorch_engine.checkpoint import load, save
 from bitorch_engine.convert import quantize_
+from bitorch_engine.layers.qconv.binary import (
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryConv2dBase,
+    BinaryConv3d,
+    BinaryConvParameter,
+)
 from bitorch_engine.layers.qconv.nbit import (
     nBitConv1d,
     nBitConv2d,
@@ -13,11 +20,21 @@ from bitorch_engine.layers.qconv.nbit import (
     nBitConvTranspose2d,
     nBitConvTranspose3d,
 )
+from bitorch_engine.layers.qlinear.binary import BinaryLinear, BinaryLinearBase, BinaryLinearParameter
+from bitorch_engine.layers.qlinear.nbit import nBitLinear, nBitLinearBase, nBitLinearParameter
 from bitorch_engine.quantizers.saved_tensors import compress_saved_tensors
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BinaryConv1d",
+    "BinaryConv2d",
+    "BinaryConv2dBase",
+    "BinaryConv3d",
+    "BinaryConvParameter",
+    "BinaryLinear",
+    "BinaryLinearBase",
+    "BinaryLinearParameter",
     "compress_saved_tensors",
     "load",
     "nBitConv1d",
@@ -28,6 +45,9 @@ __all__ = [
     "nBitConvTranspose1d",
     "nBitConvTranspose2d",
     "nBitConvTranspose3d",
+    "nBitLinear",
+    "nBitLinearBase",
+    "nBitLinearParameter",
     "optim",
     "quantize_",
     "save",

@@ -38,7 +38,7 @@ def save(model: nn.Module, path: StrPath, *, metadata: dict[str, Any] | None = N
 def load(model: nn.Module, path: StrPath, *, strict: bool = True) -> dict[str, Any]:
     """Load a file of ``save`` into a model, in place, and return what ``read_metadata`` gives.
 
-    Convolutions of the model that are still float become low-bit as they were when saved; make optimizers afterwards.
+    Layers of the model that are still float become low-bit as they were when saved; make optimizers afterwards.
     All outputs are then bit for bit those of the saved model, where the dtypes are the same: a model of another float
     dtype keeps its own. Parameters keep their device; layers that are low-bit already keep g_bit and learn_scale, which
     are for training. Training state of packed weights is dropped.

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bitorch_engine.checkpoint.format import CheckpointError, dtype_name
 from bitorch_engine.checkpoint.stored_model import StoredModel, WeightSettings, identity, refuse_without_values
-from bitorch_engine.convert.swap import LOW_BIT, why_not
+from bitorch_engine.convert.swap import LOW_BIT, use_layers_, why_not
+from bitorch_engine.layers.low_bit import transposed_groups
 from bitorch_engine.parameters import PackedParameter
 from bitorch_engine.quantizers.activation import ActivationQuantizer
 
@@ -29,13 +30,15 @@ class Fit:
         for layer, name, settings in self.conversions:
             old = layer.weight
             assert isinstance(old, nn.Parameter)
+            low_bit = LOW_BIT[type(layer)]
             if id(old) not in made:  # a weight that layers share stays shared
                 fresh = self.stored[name].to(old.device, old.dtype, copy=True)
-                made[id(old)] = fresh.requires_grad_(old.requires_grad)
-            layer.__class__ = LOW_BIT[type(layer)]
+                made[id(old)] = low_bit.parameter_class(fresh, old.requires_grad)
+            layer.__class__ = low_bit
             layer.weight = made[id(old)]
             layer.quantize_(settings.w_bit, settings.a_bit, settings.g_bit)  # type: ignore[operator]
             layer.weight = made[id(old)]
+        use_layers_(model)
         state = model.state_dict()
         state.update({name: self.stored[name] for name in state.keys() & self.stored.names})
         model.load_state_dict(state)
@@ -79,8 +82,8 @@ def _check_convertible(name: str, weight: Any, layer: nn.Module | None, settings
             f"it {reason}; {_REBUILD}."
         )
     refuse_without_values(name, weight, CheckpointError)
-    groups = layer.groups if layer.transposed else 0  # type: ignore[union-attr]
-    _check_layout(name, settings, tuple(weight.shape), groups)  # type: ignore[arg-type]
+    assert layer is not None
+    _check_layout(name, settings, tuple(weight.shape), transposed_groups(layer))
 
 
 def _check_packed(name: str, weight: Any, layer: nn.Module | None, settings: WeightSettings, *, training: bool) -> None:
@@ -113,7 +116,7 @@ def _check_layout(name: str, settings: WeightSettings, shape: tuple[int, ...], g
 
 
 def _layout(groups: int) -> str:
-    return f"transposed convolution of groups={groups}" if groups else "convolution that is not transposed"
+    return f"transposed convolution of groups={groups}" if groups else "layer that is not transposed"
 
 
 def _check_plain(name: str, mine: Any, stored: Any, *, training: bool) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from bitorch_engine.bits import bit_format, packed_size
 from bitorch_engine.checkpoint.format import dtype_name, dtype_named, explained
 from bitorch_engine.checkpoint.structure import decode, encode
-from bitorch_engine.layers.qconv.nbit import nBitConvParameter
 from bitorch_engine.parameters import PackedParameter
 
 
@@ -65,7 +64,7 @@ class WeightSettings:
         """Output channels, each with a scale."""
         return self.transposed_groups * self.shape[1] if self.transposed_groups else self.shape[0]
 
-    def parameter(self, packed: Tensor, scale: Tensor) -> nBitConvParameter:
+    def parameter(self, packed: Tensor, scale: Tensor) -> PackedParameter:
         """The weight with these settings. Raises ValueError where the tensors do not belong to it."""
         wanted = (packed_size(prod(self.shape), self.w_bit),), (self.rows,)
         if (packed.shape, scale.shape) != wanted or (packed.dtype, scale.dtype) != (torch.uint8, torch.float32):
@@ -73,8 +72,8 @@ class WeightSettings:
         context = {key: getattr(self, key) for key in ("w_bit", "transposed_groups", "learn_scale")}
         context["dtype"] = dtype_named(self.dtype)
         inner = {"packed": packed, "channel_scale": scale}
-        weight = nBitConvParameter.__tensor_unflatten__(inner, context, torch.Size(self.shape), None)
-        assert isinstance(weight, nBitConvParameter)
+        weight = PackedParameter.__tensor_unflatten__(inner, context, torch.Size(self.shape), None)
+        assert isinstance(weight, PackedParameter)
         return weight
 
 

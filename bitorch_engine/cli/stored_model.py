@@ -13,7 +13,7 @@ from bitorch_engine.cli.models import BUILTIN, build_model
 from bitorch_engine.cli.run_folder import RunFolder, Settings
 from bitorch_engine.convert import quantize_
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVERTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 FIRST_A_BIT = 8
 
 
@@ -29,15 +29,18 @@ class Card:
 
 
 def convert(model: nn.Module, settings: Settings) -> None:
-    """Convert the model's convolutions in place.
+    """Convert the model's convolutions and linear layers in place.
 
     The first one sees the image itself, where bits are dear and weights few: it takes ``first_w_bit`` bits for weights
-    and at least 8 for the image. (On digits, 1 bit there costs 2 points.)
+    and at least 8 for the image. (On digits, 1 bit there costs 2 points.) The last one stays float where it is linear:
+    it has few weights, and its outputs are the decision.
     Raises UsageError where a layer to skip is not there, or nothing is left to convert.
     """
-    first = next((name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)), None)
-    if first is None:
-        raise UsageError(f"{settings.model} has no convolution, and only convolutions are converted; choose another.")
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CONVERTED)]
+    if not layers:
+        raise UsageError(f"{settings.model} has no convolution and no linear layer to convert; choose another.")
+    first, (last, classifier) = layers[0][0], layers[-1]
+    keep = [last] if len(layers) > 1 and isinstance(classifier, nn.Linear) else []
     careful = {"w_bit": settings.first_w_bit, "a_bit": settings.a_bit and max(settings.a_bit, FIRST_A_BIT)}
     try:
         report = quantize_(
@@ -45,14 +48,14 @@ def convert(model: nn.Module, settings: Settings) -> None:
             w_bit=settings.w_bit,
             a_bit=settings.a_bit,
             g_bit=settings.g_bit,
-            skip=settings.skip,
+            skip=[*settings.skip, *keep],
             overrides={first: careful},
             learn_scale=settings.learn_scale,
         )
     except ValueError as error:
         raise UsageError(f"{settings.model} cannot be converted as asked: {error}") from None
     if not report.converted:
-        raise UsageError(f"no convolution of {settings.model} is left to convert; skip fewer layers.")
+        raise UsageError(f"no layer of {settings.model} is left to convert; skip fewer layers.")
 
 
 def store(path: Path, model: nn.Module, settings: Settings, data: ImageData) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitorch_engine.convert.swap import convert_layer_, why_not
-from bitorch_engine.layers.qconv.nbit.layer import check_bits
+from bitorch_engine.convert.swap import convert_layer_, use_layers_, why_not
+from bitorch_engine.layers.low_bit import LowBitLayer, check_bits
+from bitorch_engine.parameters import PackedParameter
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,16 @@ def quantize_(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     learn_scale: bool = False,
 ) -> ConversionReport:
-    """Convert the convolutions of a model to ``w_bit`` bits, in place: the model itself, if it is one, included.
+    """Convert the convolutions and linear layers of a model to ``w_bit`` bits, in place; it may be one itself.
 
-    Weights are quantized to their nearest codes; biases, normalization layers and all else are untouched. Linear layers
-    are not converted. Modules stay the same objects (hooks, references and names stay valid); a weight that is shared
-    stays shared. Make the optimizer afterwards: weights are new parameters.
+    All of them, the first and the last too, which are the most sensitive to few bits: ``overrides={"conv1": {"w_bit":
+    8}}`` and ``skip="fc"`` treat them better. Weights are quantized to their nearest codes; biases, normalization
+    layers and all else are untouched. Modules stay the same objects (hooks, references and names stay valid); a weight
+    that is shared stays shared, and stays float where one of those who share it cannot be converted (an embedding).
+    A layer that is low-bit already keeps its bits, whatever is asked for now; the report says so. To change them, load
+    the float model again. Make the optimizer afterwards: weights are new parameters.
 
-    w_bit, a_bit, g_bit, learn_scale: as for ``nBitConv2d``.
+    w_bit, a_bit, g_bit, learn_scale: as for ``nBitConv2d`` and ``nBitLinear``.
     skip: names, or patterns such as ``"layer4.*"`` (fnmatch), of modules to leave as they are.
     overrides: settings for modules by name or pattern, ``{"conv1": {"w_bit": 8, "a_bit": None}}``. The last one wins.
     Raises ValueError for bits that do not exist, and for a pattern that matches nothing (for overrides: no layer that
@@ -119,6 +123,7 @@ def quantize_(
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise ValueError(f"{pattern!r} matches no layer; to convert there are {', '.join(map(repr, convertible))}.")
     reasons = {name: "as asked" if _inside(name, skip) else why_not(module) for name, (module, _) in layers.items()}
+    _keep_shared(model, layers, reasons)
     for name, (_, weight) in layers.items():
         if reasons[name] is None and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"the weight of {name or 'the model'!r} has NaN or Inf entries; nothing was converted.")
@@ -127,8 +132,10 @@ def quantize_(
     shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for name, (module, weight) in layers.items():
         lazy = isinstance(weight, nn.UninitializedParameter)
-        count, size = (0, 0) if lazy else (weight.numel(), weight.nbytes)
+        count, size = (0, 0) if lazy else (weight.numel(), _deployed_bytes(weight))
         entry = LayerReport(name, type(module).__name__, count, size, size, skipped=reasons[name])
+        if isinstance(module, LowBitLayer):
+            entry = replace(entry, w_bit=module.w_bit, a_bit=module.a_bit, g_bit=module.g_bit)
         if entry.skipped is None:
             settings = dict(defaults)
             for pattern, override in overrides.items():
@@ -139,14 +146,35 @@ def quantize_(
                 module.weight = shared[id(weight)][1]
             shared[id(weight)] = weight, module.weight
             bits = {key: settings[key] for key in ("w_bit", "a_bit", "g_bit")}
-            entry = replace(entry, bytes_after=module.weight.packed.nbytes + module.weight.channel_scale.nbytes, **bits)
+            entry = replace(entry, bytes_after=_deployed_bytes(module.weight), **bits)
         report.layers.append(entry)
+    use_layers_(model)
     return report
+
+
+def _keep_shared(
+    model: nn.Module, layers: Mapping[str, tuple[nn.Module, Tensor]], reasons: dict[str, str | None]
+) -> None:
+    """Give a reason to each layer whose weight is also the parameter of something that is not converted."""
+    kept: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if key != "weight" or name not in layers or reasons[name] is not None:
+                kept.setdefault(id(parameter), f"{name}.{key}" if name else key)
+    for name, (_, weight) in layers.items():
+        if reasons[name] is None and id(weight) in kept:
+            reasons[name] = f"shares its weight with {kept[id(weight)]}, which stays as it is"
+
+
+def _deployed_bytes(weight: Tensor) -> int:
+    if isinstance(weight, PackedParameter):
+        return weight.packed.nbytes + weight.channel_scale.nbytes
+    return weight.nbytes
 
 
 def _weight(module: nn.Module) -> Tensor | None:
     """The weight of a layer that has one of two or more dimensions, or none yet."""
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight", None)
     if isinstance(weight, nn.UninitializedParameter):
         return weight
     return weight if isinstance(weight, Tensor) and weight.dim() >= 2 else None

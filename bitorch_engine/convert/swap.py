@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from bitorch_engine.layers.low_bit import LowBitLayer
 from bitorch_engine.layers.qconv.nbit import (
     nBitConv1d,
     nBitConv2d,
@@ -10,31 +11,36 @@ from bitorch_engine.layers.qconv.nbit import (
     nBitConvTranspose2d,
     nBitConvTranspose3d,
 )
-from bitorch_engine.layers.qconv.nbit.layer import nBitConv
+from bitorch_engine.layers.qlinear.nbit import nBitLinear
 from bitorch_engine.parameters import PackedParameter
 
-LOW_BIT: dict[type[nn.Module], type[nBitConv]] = {
+LOW_BIT: dict[type[nn.Module], type[LowBitLayer]] = {
     nn.Conv1d: nBitConv1d,
     nn.Conv2d: nBitConv2d,
     nn.Conv3d: nBitConv3d,
     nn.ConvTranspose1d: nBitConvTranspose1d,
     nn.ConvTranspose2d: nBitConvTranspose2d,
     nn.ConvTranspose3d: nBitConvTranspose3d,
+    nn.Linear: nBitLinear,
 }
 """The low-bit class of every module type that has one."""
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be converted, or None where it can."""
-    if isinstance(module, nBitConv):
-        return "is low-bit already"
+    if isinstance(module, LowBitLayer):
+        return f"is low-bit already, and keeps its {module.w_bit} bits"
     if nn.utils.parametrize.is_parametrized(module):
         return "is parametrized (torch.nn.utils.parametrize.remove_parametrizations undoes that)"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy and has no weight yet (run one batch first)"
+    if isinstance(module, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+        return "is used by torch's attention code, which reads weights without calling their layers"
     if type(module) not in LOW_BIT:
         family = next((base.__name__ for base in LOW_BIT if isinstance(module, base)), None)
-        return f"is a subclass of {family} with its own code" if family else "is not a convolution"
+        return (
+            f"is a subclass of {family} with its own code" if family else "is neither a convolution nor a linear layer"
+        )
     weight = module.weight
     if isinstance(weight, PackedParameter):
         return "holds a packed weight already"
@@ -48,7 +54,7 @@ def why_not(module: nn.Module) -> str | None:
 def convert_layer_(
     module: nn.Module, w_bit: int = 4, a_bit: int | None = None, g_bit: int | None = None, *, learn_scale: bool = False
 ) -> None:
-    """Turn one torch.nn convolution into its low-bit layer, in place: it stays the same object.
+    """Turn one torch.nn convolution or linear layer into its low-bit layer, in place: it stays the same object.
 
     Weights are quantized; bias, hooks, training mode and whoever refers to the module are as before. Make optimizers
     afterwards: the weight is a new parameter. Raises TypeError for a module that has no low-bit layer.
@@ -64,3 +70,23 @@ def convert_layer_(
     except Exception:
         module.__class__ = float_class
         raise
+
+
+def use_layers_(model: nn.Module) -> None:
+    """Make torch's transformer encoders call their linear layers where those quantize their input.
+
+    In evaluation, ``nn.TransformerEncoderLayer`` has a fast path that reads the weights of its layers without calling
+    them: the input would stay float, unlike in training. It is switched off where that would happen, and so are the
+    nested tensors of ``nn.TransformerEncoder``, which need it.
+    """
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    changed = [encoder for encoder in encoders if any(_quantizes_input(part) for part in encoder.children())]
+    for encoder in changed:
+        encoder.activation_relu_or_gelu = 0
+    for stack in model.modules():
+        if isinstance(stack, nn.TransformerEncoder) and any(layer in changed for layer in stack.layers):
+            stack.use_nested_tensor = False
+
+
+def _quantizes_input(module: nn.Module) -> bool:
+    return isinstance(module, LowBitLayer) and module.activation is not None

@@ -55,7 +55,7 @@ def test_info_names_versions_and_devices() -> None:
         (["train", "--model", "vgg"], "Error: model must be cnn, resnet or package.module:callable, got vgg"),
         (["train", "--device", "tpu"], "Error: cannot compute on the device tpu"),
         (["train", "--skip", "tail"], "Error: cnn cannot be converted as asked: 'tail' matches no layer"),
-        (["train", "--skip", "conv*"], "Error: no convolution of cnn is left to convert"),
+        (["train", "--skip", "conv*"], "Error: no layer of cnn is left to convert"),
         (["train", "--resume", "nowhere"], "Error: nowhere is not the folder of a run"),
         (["train", "--resume", "run", "--lr", "1"], "Error: a resumed run keeps its settings; leave --lr out"),
         (["train", "--resume", "run", "--no-augment"], "leave --augment out"),

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -54,6 +55,27 @@ def test_a_run_fills_its_folder_and_can_be_evaluated_and_inspected(tiny: Path) -
     assert [layer["bits"] for layer in convs] == [4, 2]  # the first convolution keeps 4 bits
     assert [len(layer["histogram"]) for layer in convs] == [16, 4]
     assert [layer["macs"] for layer in convs] == [4 * 9 * 36, 8 * 4 * 9 * 36]
+
+
+MLP = """
+from torch import nn
+def mlp(in_channels, num_classes):
+    hidden = [nn.Linear(36 * in_channels, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, num_classes))
+"""
+
+
+def test_a_network_of_linear_layers_is_converted_but_for_the_last(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("tiny_mlp.py").write_text(MLP)
+    monkeypatch.delitem(sys.modules, "tiny_mlp", raising=False)
+    model = ["--model", "tiny_mlp:mlp"]
+    options = ["--w-bit", "2", "--a-bit", "4", "--g-bit", "8"]
+    assert call("train", "--data", "tiny.npz", *model, "--epochs", "2", *options, "--out", "run").exit_code == 0
+    accuracy = json.loads(call("eval", "run", *model, "--json").output)["accuracy"]
+    assert accuracy == RunFolder(Path("run")).epochs()[-1].accuracy
+    layers = json.loads(call("inspect", "run", *model, "--json").output)["layers"]
+    linear = [(layer["kind"], layer["bits"], layer["macs"]) for layer in layers if "Linear" in layer["kind"]]
+    assert linear == [("nBitLinear", 4, 36 * 16), ("nBitLinear", 2, 16 * 16), ("Linear", 32, 16 * 3)]
 
 
 def test_a_built_in_model_needs_no_name_to_be_rebuilt(tiny: Path) -> None:

@@ -40,16 +40,16 @@ def test_eight_bits_change_the_output_by_less_than_a_percent_and_the_root_itself
     assert (layer(x) - before).square().mean() < 1e-4 * before.square().mean()
 
 
-def test_convolutions_are_converted_in_place_and_all_else_is_untouched():
+def test_layers_are_converted_in_place_and_all_else_is_untouched():
     net = make_net()
     kept = {name: value.clone() for name, value in net.state_dict().items()}
     objects, linear = list(net.modules()), net[4].weight
     seen = []
     net[0].register_forward_hook(lambda *_: seen.append("hook"))
-    report = be.quantize_(net, 4, 8, 8)
+    report = be.quantize_(net, 4, 8, 8, skip="4")
     assert list(net.modules())[: len(objects)] != [] and all(module in list(net.modules()) for module in objects)
     assert [entry.name for entry in report.converted] == ["0", "2.1", "2.2"]
-    assert {entry.name: entry.skipped for entry in report.skipped} == {"4": "is not a convolution"}
+    assert {entry.name: entry.skipped for entry in report.skipped} == {"4": "as asked"}
     assert net[4].weight is linear
     for name, value in net.state_dict().items():
         if name in kept and not name.endswith("weight"):
@@ -62,13 +62,13 @@ def test_convolutions_are_converted_in_place_and_all_else_is_untouched():
 
 
 def test_report_counts_real_bytes_and_prints_a_table():
-    net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Linear(4, 4))
+    net = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Embedding(4, 4))
     report = be.quantize_(net, 3)
     weights = 64 * 64 * 9
     assert report.bytes_before == 4 * (weights + 16)
     assert report.layers[0].bytes_after == weights * 3 // 8 + 4 * 64
     text = str(report)
-    assert "skipped: is not a convolution" in text and "1 converted, 1 skipped" in text
+    assert "skipped: is neither a convolution nor a linear layer" in text and "1 converted, 1 skipped" in text
     assert len({len(line.split("  ")) > 1 for line in text.splitlines()}) == 1
 
 
@@ -92,7 +92,7 @@ def test_overrides_and_skip_take_names_and_patterns():
         ({"w_bit": 9}, "bits must be 1 to 8, got 9"),
         ({"g_bit": 1}, "a gradient needs a zero"),
         ({"skip": "layer9.*"}, "'layer9.*' matches no layer"),
-        ({"overrides": {"4": {"w_bit": 3}}}, "'4' matches no layer; to convert there are '0', '2.1', '2.2'"),
+        ({"overrides": {"1": {"w_bit": 3}}}, "'1' matches no layer; to convert there are '0', '2.1', '2.2', '4'"),
         ({"overrides": {"0": {"bits": 3}}}, "overrides may set w_bit, a_bit, g_bit, learn_scale, got bits"),
         ({"overrides": {"0": {"w_bit": 0}}}, "bits must be 1 to 8, got 0"),
     ],
@@ -142,8 +142,8 @@ def test_what_cannot_be_converted_is_skipped_with_the_reason():
     assert reasons["own"] == "is a subclass of Conv2d with its own code"
     assert reasons["lazy"].startswith("is lazy")
     assert reasons["normed"].startswith("is parametrized")
-    assert reasons["done"] == "is low-bit already"
-    assert reasons["table"] == "is not a convolution"
+    assert reasons["done"] == "is low-bit already, and keeps its 4 bits"
+    assert reasons["table"] == "is neither a convolution nor a linear layer"
 
 
 def test_training_mode_device_and_requires_grad_are_kept():
@@ -154,9 +154,9 @@ def test_training_mode_device_and_requires_grad_are_kept():
     assert layer.activation.training is False
 
 
-def test_convert_layer_refuses_what_is_not_a_convolution():
-    with pytest.raises(TypeError, match="Linear cannot be converted: it is not a convolution"):
-        convert_layer_(nn.Linear(2, 2))
+def test_convert_layer_refuses_what_has_no_low_bit_layer():
+    with pytest.raises(TypeError, match="Embedding cannot be converted: it is neither a convolution nor"):
+        convert_layer_(nn.Embedding(2, 2))
 
 
 def test_a_deep_copy_is_independent():
@@ -181,3 +181,83 @@ def test_the_error_of_each_width_is_near_the_best_for_normal_weights():
         error = (layer.weight.dequantize() - weight).square().mean()
         # Codes such as -2 .. 1 are not symmetric as the table is, which costs the more the fewer they are.
         assert error < best * (1.25 if bits in (2, 3) else 1.05)
+
+
+# -- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def test_linear_layers_are_converted_the_classifier_too_and_keep_what_they_compute():
+    net, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)), torch.randn(3, 4, 20)
+    before = net(x)
+    report = be.quantize_(net, 8)
+    assert [(entry.name, entry.w_bit) for entry in report.converted] == [("0", 8), ("2", 8)]
+    assert type(net[0]) is be.nBitLinear and type(net[2].weight) is be.nBitLinearParameter
+    assert (net(x) - before).square().mean() < 1e-4 * before.square().mean()
+
+
+def test_a_second_call_keeps_bits_and_says_so():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    be.quantize_(net, 3, 5, skip="1")
+    weight, codes = net[0].weight, net[0].weight.codes
+    report = be.quantize_(net, 8)
+    assert net[0].weight is weight and torch.equal(weight.codes, codes)
+    first, second = report.layers
+    assert first.skipped == "is low-bit already, and keeps its 3 bits" and second.skipped is None
+    assert (first.w_bit, first.a_bit, second.w_bit) == (3, 5, 8)
+    assert first.bytes_after == first.bytes_before == 4 * 4 * 3 // 8 + 4 * 4
+
+
+def test_a_weight_tied_to_an_embedding_stays_float_and_tied():
+    net = nn.ModuleDict({"emb": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
+    net["head"].weight = net["emb"].weight
+    reasons = {entry.name: entry.skipped for entry in be.quantize_(net).layers}
+    assert reasons["head"] == "shares its weight with emb.weight, which stays as it is" and reasons["body"] is None
+    assert net["head"].weight is net["emb"].weight
+
+
+def test_a_weight_that_a_skipped_layer_shares_stays_shared():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    assert not be.quantize_(net, skip="1").converted
+    assert net[1].weight is net[0].weight
+    assert len(be.quantize_(net).converted) == 2
+    assert net[1].weight is net[0].weight
+
+
+def test_weight_norm_and_parametrizations_of_linear_layers_are_skipped():
+    net = nn.ModuleDict(
+        {
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+            "orthogonal": nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
+            "lazy": nn.LazyLinear(2),
+        }
+    )
+    reasons = {entry.name: entry.skipped or "" for entry in be.quantize_(net).layers}
+    assert reasons["normed"].startswith("is parametrized") and reasons["orthogonal"].startswith("is parametrized")
+    assert reasons["lazy"].startswith("is lazy")
+
+
+def test_attention_keeps_its_float_projections():
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
+    before = attention(x, x, x)[0]
+    report = be.quantize_(attention)
+    assert [entry.name for entry in report.skipped] == ["", "out_proj"] and not report.converted
+    assert all("attention code" in (entry.skipped or "") for entry in report.layers)
+    assert report.bytes_before == 4 * (3 * 8 * 8 + 8 * 8)
+    assert torch.equal(attention(x, x, x)[0], before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("a_bit", [None, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_encoder_computes_in_evaluation_what_it_does_in_training(a_bit, padded):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2), torch.randn(3, 4, 8)
+    mask = torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]]) if padded else None
+    report = be.quantize_(model, 4, a_bit)
+    assert [entry.name.rpartition(".")[2] for entry in report.converted] == ["linear1", "linear2"] * 2
+    trained = model.train()(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        evaluated = model.eval()(x, src_key_padding_mask=mask)
+    kept = slice(None) if mask is None else ~mask
+    torch.testing.assert_close(evaluated[kept], trained.detach()[kept])

@@ -1,1 +1,1 @@
-"""Convolutions with weights of 1 to 8 bits."""
+"""Convolutions, by the width of their weights."""

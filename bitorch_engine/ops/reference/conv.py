@@ -13,6 +13,7 @@ from bitorch_engine.bits import bit_format, unpack
 class Convolution(NamedTuple):
     """The geometry of a convolution of any rank, transposed or not, and its three products.
 
+    Without spatial dimensions it is a linear layer: inputs (M, K), weights (N, K), one group.
     Inputs are batched, (N, C, *spatial). stride, padding, dilation, output_padding: one int a spatial dimension.
     pad: zeros added to x before that, two numbers a dimension, last dimension first, as in torch.nn.functional.pad;
     for padding that differs between the sides. Empty for none.
@@ -29,11 +30,15 @@ class Convolution(NamedTuple):
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """(N, C_out, *out)"""
+        if not self.stride:
+            return x @ weight.T
         x = F.pad(x, self.pad) if self.pad else x
         return torch.ops.aten.convolution.default(x, weight, None, *self._arguments())
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of an input of that shape. grad: (N, C_out, *out)."""
+        if not self.stride:
+            return grad @ weight
         padded = list(shape)
         for i in range(len(self.pad) // 2):
             padded[-1 - i] += self.pad[2 * i] + self.pad[2 * i + 1]
@@ -43,6 +48,8 @@ class Convolution(NamedTuple):
 
     def grad_weight(self, grad: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of a weight of that shape."""
+        if not self.stride:
+            return grad.T @ x
         x = F.pad(x, self.pad) if self.pad else x
         weight = grad.new_empty(1).expand(shape)  # only its shape is used
         return self._backward(grad, x, weight, [False, True, False])[1]

@@ -72,14 +72,24 @@ def twin_of(layer: Any) -> nn.Module:
     return TWINS[type(layer)](**arguments, bias=layer.bias is not None, dtype=torch.float64)
 
 
-def reference(layer: Any, x: Tensor, grad: Tensor | None = None, **more: Any) -> dict[str, Tensor]:
-    """Output and gradients in float64, from the layer's dequantized weight and its quantized input."""
+def reference(
+    layer: Any, x: Tensor, grad: Tensor | None = None, *, magnitudes: bool = False, **more: Any
+) -> dict[str, Tensor]:
+    """Output and gradients in float64, from the layer's dequantized weight and its quantized input.
+
+    magnitudes: the sums of the absolute values of what is summed up there, to which rounding errors are relative.
+    """
     x = x.detach().double().requires_grad_()
     values = {"weight": layer.weight.dequantize()}
     if layer.bias is not None:
         values["bias"] = layer.bias
-    values = {name: value.detach().double().requires_grad_() for name, value in values.items()}
-    y = functional_call(twin_of(layer), values, (fake_quantize(x, layer),), more)
+    values = {name: value.detach().double() for name, value in values.items()}
+    quantized = fake_quantize(x, layer)
+    if magnitudes:
+        values = {name: value.abs() for name, value in values.items()}
+        quantized = quantized.detach().abs() + x - x.detach()
+    values = {name: value.requires_grad_() for name, value in values.items()}
+    y = functional_call(twin_of(layer), values, (quantized,), more)
     y.backward(torch.ones_like(y) if grad is None else grad.double())
     found = {"output": y.detach(), "input": x.grad} | {name: value.grad for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
@@ -200,16 +210,21 @@ class TestAgreesWithTorch:
 
     @ALL
     @same_with_even_kernels
+    @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # of switching oneDNN off
     @settings(max_examples=10)
     @given(data=st.data())
     def test_in_bfloat16(self, kind: Any, data: Any) -> None:
         problem = data.draw(problems(kind, (None,)))
         layer, x = problem.layer(kind, dtype=torch.bfloat16), problem.input().bfloat16()
-        y = layer(x)
-        assert y.dtype == torch.bfloat16
-        found, wanted = measured(layer, x), reference(layer, x)
+        # With AMX, torch 2.13's own nn.Conv3d is wrong in bfloat16 for some geometries (oneDNN reads memory that nobody
+        # wrote): 2 groups, kernel 4, stride (3, 1, 2), padding (2, 1, 0), input (1, 2, 5, 4, 4).
+        with torch.backends.mkldnn.flags(enabled=SPATIAL[kind] < 3):
+            found = measured(layer, x)
+        wanted, magnitudes = reference(layer, x), reference(layer, x, magnitudes=True)
         assert {value.dtype for value in found.values()} == {torch.bfloat16}
-        assert_near(found, wanted, 0.03)
+        for name, expected in wanted.items():
+            error = (found[name].double() - expected).abs()
+            assert bool((error <= 2**-5 * magnitudes[name] + 1e-6).all()), name
 
     @pytest.mark.parametrize("a_bit", WIDTHS)
     @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])

@@ -1,0 +1,186 @@
+"""What layers whose weight is 1 to 8 bits have in common, whatever they compute: torch.nn's layers become them."""
+
+import inspect
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bitorch_engine import ops
+from bitorch_engine.bits import bit_format
+from bitorch_engine.layers.qconv.function import QuantizedConvolution
+from bitorch_engine.parameters import PackedParameter
+from bitorch_engine.quantizers.activation import ActivationQuantizer
+from bitorch_engine.quantizers.weight import normal_scale
+
+
+class LowBitLayer(nn.Module):
+    """Stands before a torch.nn class, whose arguments, geometry and checks it keeps; ``weight`` becomes packed.
+
+    w_bit: bits of the weight, 1 to 8.
+    a_bit: bits of the input, quantized with a learned scale; None: float.
+    g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
+    learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
+    """
+
+    parameter_class: ClassVar[type[PackedParameter]] = PackedParameter
+    weight: Tensor
+    activation: ActivationQuantizer | None
+
+    def __init__(
+        self,
+        *args: Any,
+        w_bit: int = 4,
+        a_bit: int | None = None,
+        g_bit: int | None = None,
+        learn_scale: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_bits(w_bit, a_bit, g_bit)
+        super().__init__(*args, **kwargs)
+        self.quantize_(w_bit, a_bit, g_bit, scale=_initial_scale(self.weight, w_bit), learn_scale=learn_scale)
+
+    def __init_subclass__(cls) -> None:
+        """Show torch.nn's arguments and ours in help() and in editors."""
+        defining = next(base for base in cls.__mro__ if "__init__" in base.__dict__)
+        keywords: dict[str, inspect.Parameter] = {}
+        if issubclass(defining, LowBitLayer):
+            own = list(inspect.signature(defining.__init__).parameters.values())[1:]
+            if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in own):
+                cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+                return
+            keywords = {p.name: p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        for base in cls.__mro__:
+            if "__init__" in base.__dict__ and not issubclass(base, LowBitLayer):
+                theirs = [p for p in inspect.signature(base).parameters.values() if p.name not in keywords]
+                if base is not nn.Module:
+                    cls.__signature__ = inspect.Signature([*theirs, *keywords.values()])  # type: ignore[attr-defined]
+                return
+
+    @property
+    def transposed_groups(self) -> int:
+        """The groups of a transposed layer, whose weight is (in, out / groups, ...); 0 for all others."""
+        return transposed_groups(self)
+
+    def quantize_(
+        self,
+        w_bit: int,
+        a_bit: int | None = None,
+        g_bit: int | None = None,
+        *,
+        scale: Tensor | float | None = None,
+        learn_scale: bool = False,
+    ) -> None:
+        """Turn the float weight into codes of ``w_bit`` bits, and set up activation and gradient quantization."""
+        check_bits(w_bit, a_bit, g_bit)
+        weight = self.weight
+        groups = self.transposed_groups
+        self.weight = self.parameter_class(
+            weight,
+            weight.requires_grad,
+            w_bit=w_bit,
+            scale=scale,
+            transposed=groups > 0,
+            groups=max(1, groups),
+            learn_scale=learn_scale,
+        )
+        self.w_bit, self.a_bit, self.g_bit = w_bit, a_bit, g_bit
+        self.activation = None
+        if a_bit is not None:
+            self.activation = ActivationQuantizer(a_bit, weight.device, weight.dtype).train(self.training)
+
+    def reset_parameters(self) -> None:
+        """torch.nn's initialization; a packed weight gets a new scale with it."""
+        if not isinstance(self.weight, PackedParameter):
+            super().reset_parameters()  # type: ignore[misc]
+            return
+        weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.weight.quantize_(weight, _initial_scale(weight, self.w_bit))
+        if self.activation is not None:
+            self.activation.reset_parameters()
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is not None:
+            bound = 1 / math.sqrt(max(1, _fan_in(weight)))
+            nn.init.uniform_(bias, -bound, bound)
+
+    def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
+        """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
+        scale = low = None
+        if self.activation is not None:
+            self.activation.prepare_(x)
+            scale, low = self.activation.scale, self.activation.low
+        y = QuantizedConvolution.apply(in_autocast_dtype(x), self.weight, scale, low, geometry, self.a_bit, self.g_bit)
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is not None:
+            y = y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+        return y
+
+    def extra_repr(self) -> str:
+        bits = f", w_bit={self.w_bit}"
+        bits += f", a_bit={self.a_bit}" if self.a_bit is not None else ""
+        bits += f", g_bit={self.g_bit}" if self.g_bit is not None else ""
+        return super().extra_repr() + bits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A float checkpoint is quantized on the way in; it has nothing to say about the activation's scale."""
+        key = prefix + "weight"
+        value: Tensor | None = state_dict.get(key)
+        weight = self.weight
+        if (
+            isinstance(weight, PackedParameter)
+            and value is not None
+            and not isinstance(value, PackedParameter)
+            and value.is_floating_point()
+            and value.shape == weight.shape
+        ):
+            groups = self.transposed_groups
+            state_dict[key] = self.parameter_class(
+                value.to(weight.dtype),
+                w_bit=self.w_bit,
+                transposed=groups > 0,
+                groups=max(1, groups),
+                learn_scale=weight.learn_scale,
+            )
+            if self.activation is not None:
+                for name, current in self.activation.state_dict(prefix=prefix + "activation.").items():
+                    state_dict.setdefault(name, current)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def transposed_groups(layer: nn.Module) -> int:
+    """The groups of a transposed convolution, float or low-bit; 0 for every other layer."""
+    return int(layer.groups) if getattr(layer, "transposed", False) else 0  # type: ignore[arg-type]
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """The input in the dtype that torch.autocast asks for, where it is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def check_bits(w_bit: int, a_bit: int | None, g_bit: int | None) -> None:
+    """Raise ValueError or TypeError for a width that the layers do not have."""
+    bit_format(w_bit)
+    if a_bit is not None:
+        bit_format(a_bit)
+    if g_bit is not None and bit_format(g_bit).bits == 1:
+        raise ValueError("g_bit must be 2 to 8, or None for float gradients, got 1: a gradient needs a zero.")
+
+
+def _fan_in(weight: Tensor) -> int:
+    return math.prod(weight.shape[1:])  # as torch.nn.init counts it
+
+
+def _initial_scale(weight: Tensor, w_bit: int) -> float:
+    """The scale of a new layer, from the initialization's known spread, uniform in +- 1 / sqrt(fan_in).
+
+    It does not depend on the drawn values: ranks of a distributed run that drew different ones still share one grid,
+    so that DistributedDataParallel's first broadcast is exact. At 1 bit it is the standard deviation itself, with which
+    the codes have the variance of the float weights.
+    """
+    deviation = (3 * max(1, _fan_in(weight))) ** -0.5
+    return deviation if w_bit == 1 else deviation * normal_scale(bit_format(w_bit))

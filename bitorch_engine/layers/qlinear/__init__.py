@@ -1,0 +1,1 @@
+"""Linear layers, by the width of their weights."""

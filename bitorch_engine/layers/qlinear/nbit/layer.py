@@ -1,0 +1,59 @@
+"""Linear layers whose weight is 1 to 8 bits: the parameter, the layer, and the base class of bitorch-engine."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bitorch_engine import ops
+from bitorch_engine.layers.low_bit import LowBitLayer, in_autocast_dtype
+from bitorch_engine.layers.qlinear.function import WeightOnlyLinear
+from bitorch_engine.layers.weight_access import WeightAccess
+from bitorch_engine.parameters import PackedParameter
+
+_GEOMETRY = ops.Convolution((), (), (), False, (), 1)
+"""A linear layer is a convolution without spatial dimensions."""
+
+
+class nBitLinearParameter(PackedParameter):
+    """A parameter for n-bit linear layers: the codes are the weight, and ``update`` trains them in place."""
+
+
+class nBitLinear(LowBitLayer, nn.Linear):
+    """``torch.nn.Linear`` with a weight of 1 to 8 bits that is stored, and trained, packed.
+
+    Takes torch.nn.Linear's arguments, then by keyword:
+
+    w_bit: bits of the weight, 1 to 8.
+    a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float.
+    g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
+    learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
+    """
+
+    parameter_class: ClassVar[type[PackedParameter]] = nBitLinearParameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input's last dimension must have in_features (={self.in_features}) elements, got "
+                f"{tuple(input.shape)}."
+            )
+        if self.a_bit is None and self.g_bit is None:
+            return WeightOnlyLinear.apply(in_autocast_dtype(input), self.weight, self.bias)
+        rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+        return self.multiply(rows, _GEOMETRY).view(*input.shape[:-1], self.out_features)
+
+
+class nBitLinearBase(WeightAccess, nBitLinear):
+    """``nBitLinear`` under the name and constructor of bitorch-engine: no bias, 4-bit activations."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        a_bit: int | None = 4,
+        w_bit: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float,
+    ) -> None:
+        super().__init__(in_channels, out_channels, bias=False, device=device, dtype=dtype, w_bit=w_bit, a_bit=a_bit)
