@@ -247,7 +247,7 @@ def conv_grad_input(
         return reference.conv_grad_input(grad_codes, grad_scale, packed, w_bit, shape, weight_shape, *rest)
     problem, result, strides = found
     grad_x = torch.empty_strided(result, strides, dtype=dtype)
-    ones = torch.ones(shape[1])
+    ones = torch.ones(shape[1], dtype=torch.float32)
     return problem.run(grad_codes, packed, ones, grad_x, None, None, grad_scale, None, None, keep=False)
 
 
