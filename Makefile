@@ -15,16 +15,26 @@ READY := .venv/ready
 SINGLE := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style bench
+.PHONY: help demo test check style bench kernels sanitize
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
 
-demo: $(READY)  ## train a 4-bit network on handwritten digits (about a minute), results in runs/demo
+demo: kernels  ## train a 4-bit network on handwritten digits (about a minute), results in runs/demo
 	@$(BIN)/bitorch-engine train --data digits --w-bit 4 --out runs/demo --overwrite
 
-test: $(READY)  ## run the tests; ARGS="-k packing" narrows them, WORKERS=8 uses more cores
+test: kernels  ## run the tests; ARGS="-k packing" narrows them, WORKERS=8 uses more cores
 	@$(SINGLE) $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+kernels: $(READY)  ## compile csrc/ into the source tree, what has changed of it
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'cmake -S . -B build/kernels -G Ninja >build/kernels.log 2>&1 && cmake --build build/kernels >>build/kernels.log 2>&1' \
+		|| { if grep -q "CMAKE_CXX_COMPILER" build/kernels.log; then echo "No C++ compiler: everything runs in plain PyTorch."; else cat build/kernels.log; exit 1; fi; }
+
+sanitize: $(READY)  ## run the tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON -DFOLDER=build/sanitize && cmake --build build/sanitize' >build/sanitize.log || { cat build/sanitize.log; exit 1; }
+	@$(SINGLE) BITORCH_ENGINE_LIBRARY=$(CURDIR)/build/sanitize/libbitorch_engine_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/cpu $(ARGS)
 
 check: $(READY)  ## lint, formatting and types, changing nothing
 	@$(BIN)/ruff check .
@@ -35,7 +45,7 @@ style: $(READY)  ## format, and fix what the linter can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY)  ## run the benchmarks; ARGS goes to them
+bench: kernels  ## run the benchmarks; ARGS goes to them
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 $(READY): export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -45,5 +55,6 @@ $(READY): pyproject.toml
 	@echo "Installing $(TORCH) (a large download the first time)"
 	@$(BIN)/python -m pip install -qq --no-deps $(TORCH) $(TORCH_INDEX)
 	@echo "Installing bitorch_engine and its tools"
-	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@$(BIN)/python -m pip install -qq -Cwheel.cmake=false -e '.[dev]'
+	@mkdir -p build
 	@touch $@

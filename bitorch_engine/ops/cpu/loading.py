@@ -14,7 +14,8 @@ ISAS = ("scalar", "neon", "avx2", "avx512", "amx")
 """Names of csrc/runtime/isa.h's numbers. avx512: with VNNI, VBMI and VPOPCNTDQ (Ice Lake, Zen 4 and later)."""
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-_PATH = Path(__file__).with_name(f"libbitorch_engine_cpu{_SUFFIX}")
+_PATH = Path(os.environ.get("BITORCH_ENGINE_LIBRARY") or Path(__file__).with_name(f"libbitorch_engine_cpu{_SUFFIX}"))
+"""BITORCH_ENGINE_LIBRARY names another build of the kernels, such as the one with sanitizers."""
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
