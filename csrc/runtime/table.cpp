@@ -2,6 +2,7 @@
 
 #include "bits/bits.h"
 #include "quantize/quantize.h"
+#include "update/update.h"
 
 namespace bitorch_engine {
 namespace {
@@ -11,6 +12,9 @@ const Row kernels[] = {
     pack_kernel.row(),
     unpack_kernel.row(),
     quantize_activation_kernel.row(),
+    update_kernel.row(),
+    mean_square_kernel.row(),
+    within_kernel.row(),
 };
 constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
 

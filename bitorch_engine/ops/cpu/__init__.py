@@ -7,7 +7,7 @@ reference what its kernel does not do.
 from collections.abc import Callable
 from typing import Any
 
-from bitorch_engine.ops.cpu import bits
+from bitorch_engine.ops.cpu import bits, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
 
@@ -16,6 +16,9 @@ __all__ = ["available_isas", "cap_isa", "current_isa", "kernels", "register", "w
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pack": bits.pack,
     "unpack": bits.unpack,
+    "update_": update.update_,
+    "add_": update.add_,
+    "all_within": update.all_within,
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 

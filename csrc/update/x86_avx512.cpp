@@ -1,0 +1,162 @@
+#include <immintrin.h>
+
+// gcc 12 warns of the undefined operands that its own intrinsics pass on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "update/block.h"
+
+namespace bitorch_engine {
+namespace {
+
+// One plane of 64 values of `bits` bits, 8 * bits bytes, from and to 64 bytes. A group of eight values is a quadword on
+// both sides: bytes 0 .. bits-1 of it hold the packed stream.
+struct Plane {
+  int bits;
+  __mmask64 bytes;      // those that are there
+  __m512i spread;       // quadword q takes the bytes from q * bits on
+  __m512i offsets;      // value k of a group starts at bit k * bits
+  __m512i mask;         // of a value
+  __m512i collect;      // the inverse of spread
+  __m512i pair, quad;   // factors that put two values, then two pairs, one above the other
+  __m512i low_half;     // the first four values of a group
+  __m128i upper_shift;  // brings the other four next to them
+
+  explicit Plane(int bits) : bits(bits) {
+    alignas(64) uint8_t spread_bytes[64], collect_bytes[64] = {}, offset_bytes[64];
+    for (int q = 0; q < 8; ++q) {
+      for (int j = 0; j < 8; ++j) {
+        spread_bytes[8 * q + j] = static_cast<uint8_t>(q * bits + j);
+        offset_bytes[8 * q + j] = static_cast<uint8_t>(j * bits);
+        if (j < bits) collect_bytes[q * bits + j] = static_cast<uint8_t>(8 * q + j);
+      }
+    }
+    bytes = bits == 8 ? ~__mmask64{0} : (__mmask64{1} << (8 * bits)) - 1;
+    spread = _mm512_load_si512(spread_bytes);
+    offsets = _mm512_load_si512(offset_bytes);
+    mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
+    collect = _mm512_load_si512(collect_bytes);
+    pair = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << bits << 8));
+    quad = _mm512_set1_epi32(1 | 1 << (2 * bits) << 16);
+    low_half = _mm512_set1_epi64((int64_t{1} << (4 * bits)) - 1);
+    upper_shift = _mm_cvtsi32_si128(32 - 4 * bits);
+  }
+
+  __m512i read(const uint8_t* at) const {
+    const __m512i groups = _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi8(bytes, at));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, groups), mask);
+  }
+  void write(uint8_t* at, __m512i values) const {
+    if (bits == 8) return _mm512_storeu_si512(at, values);
+    const __m512i quads = _mm512_madd_epi16(_mm512_maddubs_epi16(pair, values), quad);
+    const __m512i groups = _mm512_ternarylogic_epi64(quads, _mm512_srl_epi64(quads, upper_shift), low_half, 0xE4);
+    _mm512_mask_storeu_epi8(at, bytes, _mm512_permutexvar_epi8(collect, groups));
+  }
+};
+
+struct Planes {
+  int hidden;
+  Plane index, residual;
+};
+
+struct Avx512 {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int width = 16;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_int(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+  static I load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_halves(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F floats(float x) { return _mm512_set1_ps(x); }
+  static I ints(int32_t x) { return _mm512_set1_epi32(x); }
+  static I lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static F as_float(I x) { return _mm512_castsi512_ps(x); }
+  static I as_int(F x) { return _mm512_castps_si512(x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F root(F x) { return _mm512_sqrt_ps(x); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F where_less(F a, F b, F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
+  static I nearest(F x) { return _mm512_cvtps_epi32(x); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I min(I a, I b) { return _mm512_min_epi32(a, b); }
+  static I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I and_(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  static I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
+  template <int n>
+  static I left(I x) {
+    return _mm512_slli_epi32(x, n);
+  }
+  template <int n>
+  static I right(I x) {
+    return _mm512_srli_epi32(x, n);
+  }
+  template <int n>
+  static I right_signed(I x) {
+    return _mm512_srai_epi32(x, n);
+  }
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  static F from_half(I half) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)); }
+  static I to_half(F x) { return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+  static void narrow_bytes(const int32_t* in, uint8_t* out) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int i = 0; i < BLOCK; i += 64) {
+      const __m512i low = _mm512_packs_epi32(load_int(in + i), load_int(in + i + 16));
+      const __m512i high = _mm512_packs_epi32(load_int(in + i + 32), load_int(in + i + 48));
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+    }
+  }
+  static void narrow_halves(const int32_t* in, uint16_t* out) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    for (int i = 0; i < BLOCK; i += 32) {
+      const __m512i both = _mm512_packus_epi32(load_int(in + i), load_int(in + i + 16));
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi64(order, both));
+    }
+  }
+
+  static Planes planes(int bits) { return {8 - bits, Plane(bits), Plane(8 - bits)}; }
+  static void read_levels(const Planes& planes, const uint8_t* packed, const uint8_t* residual, uint8_t* levels) {
+    const __m128i hidden = _mm_cvtsi32_si128(planes.hidden);
+    for (int i = 0; i < BLOCK; i += 64) {
+      const __m512i index = planes.index.read(packed + i / 8 * planes.index.bits);
+      const __m512i low = planes.residual.read(residual + i / 8 * planes.residual.bits);
+      _mm512_store_si512(levels + i, _mm512_or_si512(_mm512_sll_epi16(index, hidden), low));
+    }
+  }
+  static void write_levels(const Planes& planes, const uint8_t* levels, uint8_t* packed, uint8_t* residual) {
+    const __m128i hidden = _mm_cvtsi32_si128(planes.hidden);
+    for (int i = 0; i < BLOCK; i += 64) {
+      const __m512i level = _mm512_load_si512(levels + i);
+      const __m512i index = _mm512_and_si512(_mm512_srl_epi16(level, hidden), planes.index.mask);
+      planes.index.write(packed + i / 8 * planes.index.bits, index);
+      if (planes.hidden == 0) continue;
+      const __m512i low = _mm512_and_si512(level, planes.residual.mask);
+      planes.residual.write(residual + i / 8 * planes.residual.bits, low);
+    }
+  }
+};
+
+}  // namespace
+
+void update_avx512(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Avx512>(rule, blocks); }
+
+float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
+  return mean_square_here(grad, bf16, factor, count, scratch);
+}
+
+bool within_avx512(const float* values, int64_t count, float limit) { return within_here(values, count, limit); }
+
+}  // namespace bitorch_engine
