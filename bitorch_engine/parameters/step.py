@@ -79,14 +79,16 @@ def step_(
         if projector is None:
             moments = (exp_avg_s, exp_avg_l)
             in_rows = [_in_row_order(weight, moment) for moment in moments]
-            ops.update_(weight.packed, residual, scale, weight.to_rows(grad), *in_rows, weight.w_bit, lr=lr, **settings)
+            ops.update_(
+                weight.packed, residual, scale, weight.to_rows(grad), *in_rows, bits=weight.w_bit, lr=lr, **settings
+            )
             for moment, ordered in zip(moments, in_rows, strict=True):
                 if moment is not None and ordered is not None and ordered is not moment:
                     moment.copy_(weight.from_rows(ordered))
         else:
             direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
             rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
-            ops.add_(weight.packed, residual, scale, rows * -lr, weight.w_bit, settings["key"])
+            ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
         if factor is not None:
             scale.mul_(factor)
         if weight_decay:

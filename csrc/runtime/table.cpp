@@ -17,7 +17,8 @@ const Row kernels[] = {
     decode_kernel.row(),
     finish_kernel.row(),
     update_kernel.row(),
-    row_moment_kernel.row(),
+    mean_square_kernel.row(),
+    within_kernel.row(),
 };
 constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
 

@@ -18,6 +18,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "unpack": bits.unpack,
     "update_": update.update_,
     "add_": update.add_,
+    "all_within": update.all_within,
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,

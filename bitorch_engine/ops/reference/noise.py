@@ -45,16 +45,6 @@ def uniform24(bits: Tensor) -> Tensor:
     return _logical_shift(bits, 8).to(torch.float32) * 2.0**-24
 
 
-def low16(bits: Tensor) -> Tensor:
-    """The low half of the noise bits, int32 in 0 .. 65535."""
-    return bits & 0xFFFF
-
-
-def high16(bits: Tensor) -> Tensor:
-    """The high half of the noise bits, int32 in 0 .. 65535."""
-    return _logical_shift(bits, 16)
-
-
 def _logical_shift(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << (32 - shift)) - 1)
 

@@ -52,8 +52,8 @@ def spacing(values: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
     """No two neighbouring stored values around these lie farther apart."""
     if dtype != torch.uint8:
         return values.abs() * (2**-7 if dtype == torch.bfloat16 else 2**-10) + 2**-24
-    unit = 2 * values.abs().view(-1, BLOCK).amax(1).repeat_interleave(BLOCK)
-    return (values.abs() + unit * 2 ** (-15 if signed else -31)) * 2**-3
+    unit = 2 * values.abs().view(-1, BLOCK).amax(1).repeat_interleave(BLOCK) / (247 if signed else 63487)
+    return (values.abs() + unit) * 2**-4
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["first", "second"])
@@ -64,6 +64,8 @@ def test_the_mean_of_what_is_stored_over_many_keys_is_the_value(dtype: torch.dty
     values = (values if signed else values.square()).double()
     seen = torch.stack([store_and_load(values.float(), dtype, noise_key(key), signed=signed) for key in range(keys)])
     gap = spacing(values, dtype, signed=signed)
+    kept = values.abs() >= gap if dtype == torch.uint8 and not signed else values == values  # the rest stays positive
+    seen, values, gap = seen[:, kept], values[kept], gap[kept]
     off = seen.mean(0) - values
     # five standard errors, and what a neighbour that is rarer than one in a hundred keys may contribute
     assert bool((off.abs() < 5 * seen.std(0) / keys**0.5 + 0.012 * gap).all())
@@ -82,8 +84,7 @@ def test_a_stored_value_is_one_of_the_two_neighbours(dtype: torch.dtype) -> None
 def test_zero_is_kept_exactly_and_what_has_few_bits_nearly(dtype: torch.dtype) -> None:
     values = torch.zeros(3 * BLOCK)
     values[5], values[2 * BLOCK] = -1.5, 0.75
-    # In 8 bits the grid lies an offset of 2**-15 or 2**-31 below such values: seldom is one rounded to the next.
-    tolerance = 2**-3 if dtype == torch.uint8 else 0
+    tolerance = 2**-4 if dtype == torch.uint8 else 0
     for key in range(200):
         for signed, wanted in ((True, values), (False, values.abs())):
             found = store_and_load(wanted, dtype, noise_key(key), signed=signed).float()

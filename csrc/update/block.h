@@ -1,0 +1,274 @@
+// The step of a block of 128 elements, for any vector type. A file per instruction set brings its `Simd`, instantiates
+// step_blocks with it, and nothing else: what is computed, and in which order it rounds, stands here alone.
+//
+//   Simd::F, Simd::I   vectors of `width` floats and of as many 32-bit integers
+//   load, store, broadcast and arithmetic by their usual names; root is the square root, nearest rounds to even
+//   load_bytes, load_halves: unsigned integers of 8 and 16 bits widened; from_half, to_half: float16 in the low 16 bits
+//   narrow_bytes, narrow_halves: 128 integers, clamped to 0 .. 255, and the low 16 bits of each
+//   read_levels, write_levels: 128 levels from and to the two planes
+#pragma once
+
+#include <cstring>
+
+#include "update/update.h"
+
+namespace bitorch_engine {
+namespace {
+
+// A moment's block on its way through the registers: floats, and where they are rounded after the whole block is known.
+struct alignas(64) Held {
+  float values[BLOCK];
+  int32_t noise[BLOCK];
+};
+
+template <class S>
+static inline typename S::I hash(typename S::I x) {  // reference/noise.py
+  x = S::mul(S::xor_(x, S::template right<16>(x)), S::ints(0x7FEB352D));
+  x = S::mul(S::xor_(x, S::template right<15>(x)), S::ints(static_cast<int32_t>(0x846CA68Bu)));
+  return S::xor_(x, S::template right<16>(x));
+}
+
+static inline uint32_t hash_word(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15) * 0x846CA68Bu;
+  return x ^ x >> 16;
+}
+
+// `cut` bits of noise: the upper ones for a second moment, the lower ones for a first.
+template <class S, int cut, bool is_signed>
+static inline typename S::I noise_below(typename S::I noise) {
+  if constexpr (is_signed) return S::and_(noise, S::ints((1 << cut) - 1));
+  return S::template right<32 - cut>(noise);
+}
+
+template <class S, MomentKind kind, bool is_signed>
+struct Moment;  // begin(block): read what holds for the block; load(i); put(i, value, noise); finish(): write the block
+
+template <class S, bool is_signed>
+struct Moment<S, NONE, is_signed> {
+  explicit Moment(void*) {}
+};
+
+template <class S, bool is_signed>
+struct Moment<S, MOMENT_F32, is_signed> {
+  float* at;
+  explicit Moment(void* block) : at(static_cast<float*>(block)) {}
+  typename S::F load(int i) const { return S::load(at + i); }
+  void put(int i, typename S::F value, typename S::I) { S::store(at + i, value); }
+  void finish() {}
+};
+
+template <class S, bool is_signed>
+struct Moment<S, MOMENT_BF16, is_signed> {
+  uint16_t* at;
+  alignas(64) int32_t cut[BLOCK];
+  explicit Moment(void* block) : at(static_cast<uint16_t*>(block)) {}
+  typename S::F load(int i) const { return S::as_float(S::template left<16>(S::load_halves(at + i))); }
+  void put(int i, typename S::F value, typename S::I noise) {
+    const auto rounded = S::add(S::as_int(value), noise_below<S, 16, is_signed>(noise));
+    S::store_int(cut + i, S::template right<16>(rounded));
+  }
+  void finish() { S::narrow_halves(cut, at); }
+};
+
+template <class S, bool is_signed>
+struct Moment<S, MOMENT_F16, is_signed> {
+  uint16_t* at;
+  alignas(64) int32_t cut[BLOCK];
+  explicit Moment(void* block) : at(static_cast<uint16_t*>(block)) {}
+  typename S::F load(int i) const { return S::from_half(S::load_halves(at + i)); }
+  void put(int i, typename S::F value, typename S::I noise) {
+    const auto sign = S::and_(S::as_int(value), S::ints(INT32_MIN));
+    const auto size = S::as_float(S::xor_(S::as_int(value), sign));
+    // Below 2**-14, float16 is even: adding 2**-14 makes the cut bits those below its last one.
+    const auto shift = S::where_less(size, S::floats(0x1p-14f), S::floats(0x1p-14f));
+    const auto rounded = S::add(S::as_int(S::add(size, shift)), noise_below<S, 13, is_signed>(noise));
+    const auto even = S::as_float(S::and_(rounded, S::ints(~0x1FFF)));
+    const auto stored = S::min(S::sub(even, shift), S::floats(65504.0f));
+    S::store_int(cut + i, S::to_half(S::as_float(S::or_(S::as_int(stored), sign))));
+  }
+  void finish() { S::narrow_halves(cut, at); }
+};
+
+// x + unit, as float32, less the unit, cut after 4 bits of fraction; reference/moments.py.
+template <class S, bool is_signed>
+struct Moment<S, MOMENT_8BIT, is_signed> {
+  static constexpr int cut_bits = 19, doublings = is_signed ? 8 : 16;
+  uint8_t* at;
+  typename S::F unit, largest;
+  typename S::I unit_bits;
+  Held held;
+  explicit Moment(void* block) : at(static_cast<uint8_t*>(block)) {
+    float value;
+    std::memcpy(&value, at + BLOCK, sizeof value);
+    unit = S::floats(value);
+    unit_bits = S::as_int(unit);
+    largest = S::floats(0);
+  }
+  typename S::F load(int i) const {
+    const auto code = S::load_bytes(at + i);
+    const auto size = is_signed ? S::and_(code, S::ints(0x7F)) : code;
+    const auto value = S::sub(S::as_float(S::add(S::template left<cut_bits>(size), unit_bits)), unit);
+    if constexpr (!is_signed) return value;
+    const auto sign = S::and_(S::template left<24>(code), S::ints(INT32_MIN));
+    return S::as_float(S::xor_(S::as_int(value), sign));
+  }
+  static typename S::F size_of(typename S::F value) {
+    if constexpr (!is_signed) return value;
+    return S::as_float(S::and_(S::as_int(value), S::ints(INT32_MAX)));
+  }
+  void put(int i, typename S::F value, typename S::I noise) {
+    S::store(held.values + i, value);
+    S::store_int(held.noise + i, noise);
+    largest = S::max(largest, size_of(value));
+  }
+  void finish() {
+    const float top = S::largest(largest);
+    int32_t bits;
+    std::memcpy(&bits, &top, sizeof bits);
+    const int room = (1 << (24 - doublings)) + (1 << cut_bits) - 1;
+    int exponent = ((bits + room) >> 23) - (doublings - 1);
+    if (exponent < 1) exponent = 1;
+    const int32_t word = exponent << 23;
+    std::memcpy(at + BLOCK, &word, sizeof word);
+    const auto base = S::ints(word);
+    for (int i = 0; i < BLOCK; i += S::width) {
+      const auto value = S::load(held.values + i);
+      const auto sum = S::as_int(S::add(size_of(value), S::as_float(base)));
+      const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(held.noise + i));
+      auto code = S::template right<cut_bits>(S::sub(S::add(sum, noise), base));
+      if constexpr (is_signed) {
+        code = S::or_(code, S::and_(S::template right<24>(S::as_int(value)), S::ints(0x80)));
+      } else {
+        code = S::max(code, S::min(S::as_int(value), S::ints(1)));  // what is positive stays positive
+      }
+      S::store_int(held.noise + i, code);
+    }
+    S::narrow_bytes(held.noise, at);
+  }
+};
+
+template <class S, MomentKind first_kind, MomentKind second_kind>
+static void step_blocks(const StepRule& rule, const Blocks& blocks) {
+  using F = typename S::F;
+  using I = typename S::I;
+  const auto planes = S::planes(rule.bits);
+  alignas(64) uint8_t levels[BLOCK];
+  alignas(64) int32_t moved[BLOCK];
+  alignas(64) float wide[BLOCK];
+  const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
+  const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
+  const bool as_is = !rule.grad_bf16 && rule.grad_factor == 1;
+  const float* rate = blocks.rate;
+  for (int64_t block = 0; block < blocks.count; ++block, rate += blocks.rate_stride) {
+    const int64_t start = blocks.start + block * BLOCK;
+    const float* grad = static_cast<const float*>(blocks.grad) + block * BLOCK;
+    if (!as_is) {
+      const F factor = S::floats(rule.grad_factor);
+      const auto halves = static_cast<const uint16_t*>(blocks.grad) + block * BLOCK;
+      for (int i = 0; i < BLOCK; i += S::width) {
+        const F value = rule.grad_bf16 ? S::as_float(S::template left<16>(S::load_halves(halves + i)))
+                                       : S::load(grad + i);
+        S::store(wide + i, S::mul(value, factor));
+      }
+      grad = wide;
+    }
+    uint8_t* packed = blocks.packed + block * (BLOCK / 8) * rule.bits;
+    uint8_t* residual = blocks.residual + block * (BLOCK / 8) * (8 - rule.bits);
+    S::read_levels(planes, packed, residual, levels);
+    Moment<S, first_kind, true> first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind));
+    Moment<S, second_kind, false> second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind));
+    const uint32_t above = static_cast<uint32_t>(start >> 32);
+    const I key = S::ints(static_cast<int32_t>(rule.key ^ (above ? hash_word(above) : 0)));
+    I index = S::add(S::ints(static_cast<int32_t>(start)), S::lanes());
+#pragma GCC unroll 2
+    for (int i = 0; i < BLOCK; i += S::width) {
+      const I noise = hash<S>(S::xor_(index, key));
+      index = S::add(index, S::ints(S::width));
+      const F g = S::load(grad + i);
+      F move = g;
+      if constexpr (first_kind != NONE) {
+        move = S::add(S::mul(first.load(i), beta1), S::mul(g, rest1));
+        first.put(i, move, noise);
+      }
+      move = S::mul(move, S::load(rate + i));
+      if constexpr (second_kind != NONE) {
+        const F v = S::add(S::mul(second.load(i), beta2), S::mul(S::mul(g, g), rest2));
+        second.put(i, v, noise);
+        move = S::div(move, S::add(S::root(v), least));
+      }
+      // 255 levels at most, so that the noise fits on top; below the least int32, nearest gives that: 256 levels down.
+      const I fine = S::nearest(S::min(move, S::floats(255 * 0x1p23f)));
+      const I steps = S::template right_signed<23>(S::add(fine, S::template right<9>(noise)));
+      S::store_int(moved + i, S::add(S::load_bytes(levels + i), steps));
+    }
+    if constexpr (first_kind != NONE) first.finish();
+    if constexpr (second_kind != NONE) second.finish();
+    S::narrow_bytes(moved, levels);
+    S::write_levels(planes, levels, packed, residual);
+  }
+}
+
+template <class S, MomentKind first>
+static void step_blocks_with(const StepRule& rule, const Blocks& blocks) {
+  switch (rule.second) {
+    case MOMENT_F32: return step_blocks<S, first, MOMENT_F32>(rule, blocks);
+    case MOMENT_BF16: return step_blocks<S, first, MOMENT_BF16>(rule, blocks);
+    case MOMENT_F16: return step_blocks<S, first, MOMENT_F16>(rule, blocks);
+    case MOMENT_8BIT: return step_blocks<S, first, MOMENT_8BIT>(rule, blocks);
+    default: return step_blocks<S, first, NONE>(rule, blocks);
+  }
+}
+
+template <class S>
+static void step_any_blocks(const StepRule& rule, const Blocks& blocks) {
+  switch (rule.first) {
+    case MOMENT_F32: return step_blocks_with<S, MOMENT_F32>(rule, blocks);
+    case MOMENT_BF16: return step_blocks_with<S, MOMENT_BF16>(rule, blocks);
+    case MOMENT_F16: return step_blocks_with<S, MOMENT_F16>(rule, blocks);
+    case MOMENT_8BIT: return step_blocks_with<S, MOMENT_8BIT>(rule, blocks);
+    default: return step_blocks_with<S, NONE>(rule, blocks);
+  }
+}
+
+// Compiled, and vectorized, for the instruction set of the file that includes this: the order of additions is fixed.
+static inline float mean_square_here(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
+  int64_t half = 1;
+  while (2 * half < count) half *= 2;
+  const auto square = [=](int64_t i) {
+    float value;
+    if (bf16) {
+      const uint32_t bits = uint32_t{static_cast<const uint16_t*>(grad)[i]} << 16;
+      std::memcpy(&value, &bits, sizeof value);
+    } else {
+      value = static_cast<const float*>(grad)[i];
+    }
+    value *= factor;
+    return value * value;
+  };
+  const int64_t both = count - half;  // elements of the upper half
+  if (bf16) {
+    for (int64_t i = 0; i < both; ++i) scratch[i] = square(i) + square(half + i);
+    for (int64_t i = both; i < half; ++i) scratch[i] = square(i);
+  } else {
+    const float* values = static_cast<const float*>(grad);
+    for (int64_t i = 0; i < both; ++i) {
+      const float low = values[i] * factor, high = values[half + i] * factor;
+      scratch[i] = low * low + high * high;
+    }
+    for (int64_t i = both; i < half; ++i) scratch[i] = square(i);
+  }
+  for (half /= 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) scratch[i] += scratch[half + i];
+  }
+  return scratch[0] * static_cast<float>(1.0 / static_cast<double>(count));
+}
+
+static inline bool within_here(const float* values, int64_t count, float limit) {
+  uint32_t beyond = 0;
+  for (int64_t i = 0; i < count; ++i) beyond |= !(values[i] < limit && values[i] > -limit);
+  return beyond == 0;
+}
+
+}  // namespace
+}  // namespace bitorch_engine
