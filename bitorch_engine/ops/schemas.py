@@ -1,7 +1,7 @@
 """Every op: its schema, its reference, its shape function. ``ops/cpu`` and ``ops/triton`` register over them."""
 
 from bitorch_engine.ops.library import define
-from bitorch_engine.ops.reference import activation, bits, gradient, quantized_conv
+from bitorch_engine.ops.reference import activation, bits, gradient, linear, quantized_conv
 
 _GEOMETRY = (
     "SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
@@ -54,4 +54,10 @@ conv_grad_weight = define(
     f"SymInt[] shape, {_GEOMETRY}, ScalarType dtype) -> Tensor",
     quantized_conv.conv_grad_weight,
     quantized_conv.conv_grad_weight_fake,
+)
+linear_weight_only = define(
+    "linear_weight_only(Tensor x, Tensor packed, Tensor channel_scale, int bits, Tensor? bias, SymInt columns, "
+    "int group_size=0) -> Tensor",
+    linear.linear_weight_only,
+    linear.linear_weight_only_fake,
 )
