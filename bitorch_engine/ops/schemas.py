@@ -1,7 +1,7 @@
 """Every op: its schema, its reference, its shape function. ``ops/cpu`` and ``ops/triton`` register over them."""
 
 from bitorch_engine.ops.library import define
-from bitorch_engine.ops.reference import activation, bits, gradient, quantized_conv, update
+from bitorch_engine.ops.reference import activation, bits, gradient, linear, quantized_conv, update
 
 _GEOMETRY = (
     "SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
@@ -65,3 +65,9 @@ add_ = define(
     "add_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor delta, *, int bits, int key) -> ()", update.add_
 )
 all_within = define("all_within(Tensor values, float limit) -> bool", update.all_within, lambda values, limit: True)
+linear_weight_only = define(
+    "linear_weight_only(Tensor x, Tensor packed, Tensor channel_scale, int bits, Tensor? bias, SymInt columns, "
+    "int group_size=0) -> Tensor",
+    linear.linear_weight_only,
+    linear.linear_weight_only_fake,
+)

@@ -137,13 +137,11 @@ def check_finite(grad: Tensor) -> None:
 
     No temporary of its size is made.
     """
-    if grad.numel():
-        low, high = torch.aminmax(grad.detach())
-        if not bool((high < _LARGEST) & (low > -_LARGEST)):  # false for NaN, too
-            raise ValueError(
-                f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
-                "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
-            )
+    if not ops.all_within(grad.detach(), _LARGEST):
+        raise ValueError(
+            f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
+            "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
+        )
 
 
 def advance_(step: Tensor) -> int:

@@ -7,7 +7,7 @@ reference what its kernel does not do.
 from collections.abc import Callable
 from typing import Any
 
-from bitorch_engine.ops.cpu import bits, conv, update
+from bitorch_engine.ops.cpu import bits, conv, linear, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
 
@@ -22,6 +22,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,
+    "linear_weight_only": linear.linear_weight_only,
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 
