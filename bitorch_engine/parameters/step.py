@@ -94,7 +94,7 @@ def step_(
         if weight_decay:
             # The floor: where the scale is down to lr, one step already moves a whole code.
             scale.copy_(torch.maximum(scale * (1 - lr * weight_decay), scale.clamp_max(lr)))
-    torch.autograd.graph.increment_version(weight)
+    weight.count_version_()
 
 
 def step_float_(
