@@ -10,6 +10,11 @@ _GEOMETRY = (
 
 pack = define("pack(Tensor values, int bits) -> Tensor", bits.pack, bits.pack_fake)
 unpack = define("unpack(Tensor packed, int bits, SymInt count) -> Tensor", bits.unpack, bits.unpack_fake)
+dequantize = define(
+    "dequantize(Tensor packed, Tensor channel_scale, int bits, SymInt columns, ScalarType dtype) -> Tensor",
+    bits.dequantize,
+    bits.dequantize_fake,
+)
 quantize_activation = define(
     "quantize_activation(Tensor x, Tensor scale, Tensor low, int bits) -> (Tensor, Tensor, Tensor)",
     activation.quantize_activation,

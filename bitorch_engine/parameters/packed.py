@@ -153,7 +153,8 @@ class PackedParameter(nn.Parameter):
 
     def dequantize(self) -> Tensor:
         """The weight that forward sees, code * scale: the logical shape and dtype, a new tensor."""
-        return self.from_rows((self._row_codes() * self.channel_scale[:, None]).to(self.dtype))
+        _, columns = self._rows_shape()
+        return self.from_rows(ops.dequantize(self.packed, self.channel_scale, self.w_bit, columns, self.dtype))
 
     def numpy(self, *, force: bool = False) -> Any:
         """The dequantized weight as a NumPy array, a copy. As for any tensor, only without gradient (or ``force``)."""
