@@ -46,6 +46,14 @@ class Result:
         times = {name: round(seconds * 1e6, 2) for name, seconds in self.seconds.items()}
         return {"work": self.work, "shape": self.shape, "microseconds": times, "missing": self.missing}
 
+    @staticmethod
+    def of_json(record: dict[str, Any], contests: Iterable[Contest]) -> "Result":
+        """The reverse; the goals are those of the contest of that name today."""
+        times = {name: microseconds / 1e6 for name, microseconds in record["microseconds"].items()}
+        names = (record["work"], record["shape"])
+        goals = next((contest.goals for contest in contests if (contest.work, contest.shape) == names), ())
+        return Result(*names, times, goals, record["missing"])
+
 
 def run(contest: Contest, *, rounds: int) -> Result:
     """Time a contest."""

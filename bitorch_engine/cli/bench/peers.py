@@ -5,6 +5,7 @@ does not have are left out.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -119,20 +120,21 @@ def _add(found: dict[str, Function], name: str, make: Callable[[], Function]) ->
 
 def _torch_quantized(shape: ConvShape, engine: str) -> Function:
     ops = torch.ops.quantized
+    n = shape.out_channels
+    scales, zeros = torch.full((n,), 0.02), torch.zeros(n, dtype=torch.long)
+    last = torch.channels_last
+    x = (torch.rand(shape.batch, shape.in_channels, shape.side, shape.side) * 4).contiguous(memory_format=last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 says that quantized tensors will be removed
+        image = torch.quantize_per_tensor(x, 0.02, 0, torch.quint8).contiguous(memory_format=last)
+        weight = torch.quantize_per_channel(torch.randn(shape.weight_shape), scales, zeros, 0, torch.qint8)
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = engine
     try:
-        x = torch.rand(shape.batch, shape.in_channels, shape.side, shape.side) * 4
-        x = x.contiguous(memory_format=torch.channels_last)
-        image = torch.quantize_per_tensor(x, 0.02, 0, torch.quint8).contiguous(memory_format=torch.channels_last)
-        n = shape.out_channels
-        scales, zeros = torch.full((n,), 0.02), torch.zeros(n, dtype=torch.long)
-        weight = torch.quantize_per_channel(torch.randn(shape.weight_shape), scales, zeros, 0, torch.qint8)
         stride, padding = [shape.stride] * 2, [shape.padding] * 2
         packed = ops.conv2d_prepack(weight, torch.zeros(n), stride, padding, [1, 1], shape.groups)
     finally:
         torch.backends.quantized.engine = before
-
     return lambda: ops.conv2d(image, packed, 0.5, 64)  # the packed weight knows its engine
 
 
