@@ -11,7 +11,7 @@ from bitorch_engine.ops.cpu import bits, conv, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
 
-__all__ = ["available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
+__all__ = ["IMPLEMENTATIONS", "available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pack": bits.pack,
