@@ -19,6 +19,8 @@ const Kernel<SplitFunction> split_kernel{"qconv.split", {split_scalar, nullptr, 
 
 namespace {
 
+constexpr int64_t GRAIN = 1 << 16;  // values a thread takes at least
+
 void to_codes(uint8_t* index, int64_t count, int bits) {
   const uint8_t low = static_cast<uint8_t>(lowest_code(bits)), step = bits == 1 ? 2 : 1;
   for (int64_t i = 0; i < count; ++i) index[i] = static_cast<uint8_t>(index[i] * step + low);
@@ -35,13 +37,13 @@ struct Rows {
         channels(p.rows_are_results ? p.image_channels : p.result_channels),
         p(p),
         values(new_buffer<uint8_t>(count * length())) {
-    constexpr int64_t TOGETHER = 8;
+    constexpr int64_t SOME = 8;
     const auto split = split_kernel.pick();
-    const int64_t grain = std::max<int64_t>(TOGETHER, (1 << 16) / std::max<int64_t>(length(), 1));
+    const int64_t grain = std::max<int64_t>(SOME, GRAIN / std::max<int64_t>(length(), 1));
     parallel_for(count, grain, threads, [&](int64_t first, int64_t last) {
-      const auto scratch = new_buffer<uint8_t>(TOGETHER * length());
-      for (int64_t row = first; row < last; row += TOGETHER) {
-        const int64_t some = std::min(TOGETHER, last - row);
+      const auto scratch = new_buffer<uint8_t>(SOME * length());
+      for (int64_t row = first; row < last; row += SOME) {
+        const int64_t some = std::min(SOME, last - row);
         uint8_t* to = values.get() + row * length();
         uint8_t* index = p.taps == 1 ? to : scratch.get();
         unpack_range(packed, row * length(), some * length(), bits, index);
@@ -55,16 +57,21 @@ struct Rows {
   const uint8_t* at(int64_t row, int64_t tap) const { return values.get() + row * length() + tap * channels; }
 };
 
-// Four rows of 16 bytes to 16 rows of four.
-void interleave(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, uint8_t* to) {
+// Four rows of 16 values to 16 rows of four, and their sums.
+template <class Value>
+void interleave(const uint8_t* const* rows, uint8_t* to, int32_t* sums) {
+  const uint8_t *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
   uint8_t four[4 * BLOCK];  // apart from the operands, so that this becomes vector code
+  int32_t sum[BLOCK];
   for (int64_t o = 0; o < BLOCK; ++o) {
     four[4 * o] = a[o];
     four[4 * o + 1] = b[o];
     four[4 * o + 2] = c[o];
     four[4 * o + 3] = d[o];
+    sum[o] = (static_cast<Value>(a[o]) + static_cast<Value>(b[o])) + (static_cast<Value>(c[o]) + static_cast<Value>(d[o]));
   }
   std::memcpy(to, four, sizeof four);
+  for (int64_t o = 0; o < BLOCK; ++o) sums[o] += sum[o];
 }
 
 template <class Value>
@@ -74,48 +81,47 @@ int32_t sum(const uint8_t* values, int64_t count) {
   return total;
 }
 
-template <class Value>
-void add_to(int32_t* sums, const uint8_t* values, int64_t count) {
-  if (count == BLOCK)
-    for (int64_t i = 0; i < BLOCK; ++i) sums[i] += static_cast<Value>(values[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<Value>(values[i]);
-}
+constexpr int64_t TOGETHER = 4;  // blocks: then a cache line of a row's channels is used whole
 
-// The values of one block, and the sum of each of its result channels, read as `Value`. What fills up is worth nothing
-// whatever it decodes to: the image is 0 there.
+// The values of `count` blocks, and the sum of each of their result channels, read as `Value`. What fills up is worth
+// nothing whatever it decodes to: the image is 0 there.
 template <class Value>
-void arrange_block(const Rows& rows, const Phase& phase, int64_t group, int64_t block, uint8_t* out, int32_t* sums) {
+void arrange_blocks(const Rows& rows, const Phase& phase, int64_t group, int64_t first, int64_t count, uint8_t* out,
+                    int32_t* sums) {
   const Product& p = rows.p;
   const int64_t channels = p.image_channels, depth = p.image_depth, whole = channels & ~int64_t{3};
-  const int64_t present = std::min(BLOCK, p.result_channels - block * BLOCK);
-  if (channels != depth || phase.depth != static_cast<int64_t>(phase.taps.size()) * depth || present != BLOCK)
-    std::memset(out, 0, BLOCK * phase.depth);
-  std::memset(sums, 0, BLOCK * sizeof *sums);
+  const int64_t results = std::min(count * BLOCK, p.result_channels - first * BLOCK), length = BLOCK * phase.depth;
+  if (channels != depth || phase.depth != static_cast<int64_t>(phase.taps.size()) * depth || results != count * BLOCK)
+    std::memset(out, 0, count * length);
+  std::memset(sums, 0, count * BLOCK * sizeof *sums);
+  const auto place = [&](int64_t o, int64_t c) {
+    return out + o / BLOCK * length + (c & ~int64_t{3}) * BLOCK + o % BLOCK * 4 + c % 4;
+  };
   for (const Tap& tap : phase.taps) {
-    // Where the tap's byte of a result channel and an image channel is.
-    const auto at = [&](int64_t o, int64_t c) {
-      return p.rows_are_results ? rows.at(group * p.result_channels + block * BLOCK + o, tap.weight) + c
-                                : rows.at(group * channels + c, tap.weight) + block * BLOCK + o;
-    };
     if (p.rows_are_results) {
-      for (int64_t o = 0; o < present; ++o) {
-        const uint8_t* from = at(o, 0);
+      for (int64_t o = 0; o < results; ++o) {
+        const uint8_t* from = rows.at(group * p.result_channels + first * BLOCK + o, tap.weight);
+        uint8_t* to = place(o, 0);
         sums[o] += sum<Value>(from, channels);
-        for (int64_t c = 0; c < whole; c += 4) std::memcpy(out + c * BLOCK + 4 * o, from + c, 4);
+        for (int64_t c = 0; c < whole; c += 4) std::memcpy(to + c * BLOCK, from + c, 4);
+        for (int64_t c = whole; c < channels; ++c) *place(o, c) = from[c];
       }
     } else {
-      for (int64_t c = 0; c < channels; ++c) add_to<Value>(sums, at(0, c), present);
+      const auto row = [&](int64_t c) { return rows.at(group * channels + c, tap.weight) + first * BLOCK; };
+      const int64_t full = results & ~(BLOCK - 1);
       for (int64_t c = 0; c < whole; c += 4) {
-        if (present == BLOCK)
-          interleave(at(0, c), at(0, c + 1), at(0, c + 2), at(0, c + 3), out + c * BLOCK);
-        else
-          for (int64_t o = 0; o < present; ++o)
-            for (int64_t i = 0; i < 4; ++i) out[c * BLOCK + 4 * o + i] = *at(o, c + i);
+        const uint8_t* four[4] = {row(c), row(c + 1), row(c + 2), row(c + 3)};
+        for (int64_t o = 0; o < full; o += BLOCK) {
+          interleave<Value>(four, place(o, c), sums + o);
+          for (const uint8_t*& values : four) values += BLOCK;
+        }
       }
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t o = c < whole ? full : 0; o < results; ++o) {
+          *place(o, c) = row(c)[o];
+          sums[o] += static_cast<Value>(row(c)[o]);
+        }
     }
-    for (int64_t c = whole; c < channels; ++c)
-      for (int64_t o = 0; o < present; ++o) out[whole * BLOCK + 4 * o + c - whole] = *at(o, c);
     out += depth * BLOCK;
   }
 }
@@ -146,21 +152,22 @@ BE_EXPORT void be_qconv_arrange(const Geometry* geometry, int scatter, int rows_
   const auto pack = pack_kernel.pick();
   for (size_t f = 0; f < p.phases.size(); ++f) {
     const Phase& phase = p.phases[f];
-    const int64_t values = BLOCK * phase.depth;
-    parallel_for(blocks, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(values, 1)), threads,
-                 [&](int64_t first, int64_t last) {
-      const std::unique_ptr<uint8_t[]> scratch(codes ? nullptr : new uint8_t[values]);
-      for (int64_t b = first; b < last; ++b) {
-        uint8_t* place = codes ? out + phase.weights + b * values : scratch.get();
-        int32_t* sum = sums + (static_cast<int64_t>(f) * blocks + b) * BLOCK;
+    const int64_t values = BLOCK * phase.depth, products = static_cast<int64_t>(phase.taps.size()) * p.image_channels;
+    const int64_t strips = (p.blocks() + TOGETHER - 1) / TOGETHER;
+    parallel_for(p.groups * strips, 1, products * blocks < GRAIN ? 1 : threads, [&](int64_t begin, int64_t end) {
+      const auto scratch = new_buffer<uint8_t>(codes ? 0 : TOGETHER * values);
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t group = strip / strips, first = strip % strips * TOGETHER;
+        const int64_t count = std::min(TOGETHER, p.blocks() - first), block = group * p.blocks() + first;
+        uint8_t* place = codes ? out + phase.weights + block * values : scratch.get();
+        int32_t* sum = sums + (static_cast<int64_t>(f) * blocks + block) * BLOCK;
         if (codes) {
-          arrange_block<int8_t>(rows, phase, b / p.blocks(), b % p.blocks(), place, sum);
+          arrange_blocks<int8_t>(rows, phase, group, first, count, place, sum);
         } else {
-          arrange_block<uint8_t>(rows, phase, b / p.blocks(), b % p.blocks(), place, sum);
-          const int64_t products = static_cast<int64_t>(phase.taps.size()) * p.image_channels;
-          for (int64_t o = 0; o < BLOCK; ++o) sum[o] = sum[o] * step + static_cast<int32_t>(products) * low;
+          arrange_blocks<uint8_t>(rows, phase, group, first, count, place, sum);
+          for (int64_t o = 0; o < count * BLOCK; ++o) sum[o] = sum[o] * step + static_cast<int32_t>(products) * low;
+          pack(place, out + (phase.weights + block * values) / 8 * bits, count * values, bits);
         }
-        if (!codes) pack(place, out + (phase.weights + b * values) / 8 * bits, values, bits);
       }
     });
   }
