@@ -103,11 +103,9 @@ def _store_8bit_(stored: Tensor, start: int, values: Tensor, noise: Tensor, *, s
     size = blocks.abs()
     unit = _unit(size.amax(1, keepdim=True), signed)
     code = (((size + unit).view(torch.int32) + noise) - unit.view(torch.int32)) >> _CUT_8BIT
-    if signed:
-        code = code | ((blocks.view(torch.int32) >> 24) & 0x80)
-    else:
-        # A second moment that is positive stays positive: at code 0 the step would be divided by eps alone.
-        code = torch.maximum(code, (blocks > 0).to(torch.int32))
+    # A second moment that is positive stays positive: at code 0 the step would be divided by eps alone.
+    sign, least = (blocks.view(torch.int32) >> 24) & 0x80, (blocks > 0).to(torch.int32)
+    code = code | sign if signed else torch.maximum(code, least)
     first = start // BLOCK
     target = stored[first : first + blocks.shape[0]]
     target[:, :BLOCK] = code.to(torch.uint8)
