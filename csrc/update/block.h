@@ -205,7 +205,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
     const I key = S::ints(static_cast<int32_t>(rule.key ^ (above ? hash_word(above) : 0)));
     I index = S::add(S::ints(static_cast<int32_t>(start)), S::lanes());
     const auto step = [&](int i, I noise) __attribute__((always_inline)) {
-      S::store_int(noises + i, noise);
+      if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) S::store_int(noises + i, noise);
       const F g = S::load(grad + i);
       F move = g;
       if constexpr (first_kind != NONE) {
