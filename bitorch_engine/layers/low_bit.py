@@ -111,8 +111,12 @@ class LowBitLayer(nn.Module):
         if self.activation is not None:
             self.activation.prepare_(x)
             scale, low = self.activation.scale, self.activation.low
-        y = QuantizedConvolution.apply(in_autocast_dtype(x), self.weight, scale, low, geometry, self.a_bit, self.g_bit)
+        x, weight = in_autocast_dtype(x), self.weight
         bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if scale is not None and isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
+            fields = (weight.packed, weight.channel_scale, self.w_bit, bias, weight.shape, *geometry)
+            return ops.conv(x, scale, low, self.a_bit, *fields)
+        y = QuantizedConvolution.apply(x, weight, scale, low, geometry, self.a_bit, self.g_bit)
         if bias is not None:
             y = y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
         return y

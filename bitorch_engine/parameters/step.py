@@ -79,20 +79,22 @@ def step_(
         if projector is None:
             moments = (exp_avg_s, exp_avg_l)
             in_rows = [_in_row_order(weight, moment) for moment in moments]
-            ops.update_(weight.packed, residual, scale, weight.to_rows(grad), *in_rows, weight.w_bit, lr=lr, **settings)
+            ops.update_(
+                weight.packed, residual, scale, weight.to_rows(grad), *in_rows, bits=weight.w_bit, lr=lr, **settings
+            )
             for moment, ordered in zip(moments, in_rows, strict=True):
                 if moment is not None and ordered is not None and ordered is not moment:
                     moment.copy_(weight.from_rows(ordered))
         else:
             direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
             rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
-            ops.add_(weight.packed, residual, scale, rows * -lr, weight.w_bit, settings["key"])
+            ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
         if factor is not None:
             scale.mul_(factor)
         if weight_decay:
             # The floor: where the scale is down to lr, one step already moves a whole code.
             scale.copy_(torch.maximum(scale * (1 - lr * weight_decay), scale.clamp_max(lr)))
-    torch.autograd.graph.increment_version(weight)
+    weight.count_version_()
 
 
 def step_float_(
@@ -135,13 +137,11 @@ def check_finite(grad: Tensor) -> None:
 
     No temporary of its size is made.
     """
-    if grad.numel():
-        low, high = torch.aminmax(grad.detach())
-        if not bool((high < _LARGEST) & (low > -_LARGEST)):  # false for NaN, too
-            raise ValueError(
-                f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
-                "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
-            )
+    if not ops.all_within(grad.detach(), _LARGEST):
+        raise ValueError(
+            f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
+            "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
+        )
 
 
 def advance_(step: Tensor) -> int:

@@ -22,6 +22,9 @@ struct Tile {
   const int8_t* weights;
   int64_t block_bytes, blocks;  // blocks: at most COLUMNS / 16
   int32_t* totals;
+  // The rows as runs of at most 16 that are equally far apart, for the matrix unit; others need no runs.
+  const uint8_t* runs;
+  int64_t run_count;
   bool wide;  // a sum of two products may not fit 16 bits
 };
 using MultiplyFunction = void (*)(const Tile& tile);

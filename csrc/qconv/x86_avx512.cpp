@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "qconv/product.h"
 #include "qconv/qconv.h"
 
@@ -71,7 +73,9 @@ __m128i bytes_of(__m512 value, const Epilogue& e) {
   return _mm512_cvtusepi32_epi8(_mm512_max_epi32(byte, _mm512_setzero_si512()));
 }
 
-// Channels o .. o + 15 of one row, where channels are last.
+__mmask16 first_lanes(int64_t count) { return count < 16 ? static_cast<__mmask16>((1 << count) - 1) : 0xffff; }
+
+// To out[o] and the next 15 elements.
 void store(__m512 value, const Epilogue& e, void* out, int64_t o, __mmask16 mask) {
   if (e.bytes)
     _mm_mask_storeu_epi8(static_cast<uint8_t*>(out) + o, mask, bytes_of(value, e));
@@ -143,45 +147,33 @@ void decode_avx512(const uint8_t* packed, int64_t count, int bits, int8_t* codes
 
 void finish_avx512(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
                    int64_t channel_stride) {
-  const bool transposed = channel_stride != 1 && e.dtype == FLOAT32 && !e.bytes;
+  const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
+  if (channel_stride == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t o = 0; o < channels; o += 16) {
+        const __mmask16 mask = first_lanes(channels - o);
+        store(value_of(totals, e, i, o, mask), e, out[i], o, mask);
+      }
+    return;
+  }
   for (int64_t o = 0; o < channels; o += 16) {
     const int64_t some = channels - o < 16 ? channels - o : 16;
-    const __mmask16 mask = static_cast<__mmask16>((1 << some) - 1);
-    if (channel_stride == 1) {
-      for (int64_t i = 0; i < count; ++i) store(value_of(totals, e, i, o, mask), e, out[i], o, mask);
-      continue;
-    }
-    for (int64_t i = 0; i < count;) {
+    for (int64_t i = 0, run; i < count; i += run) {
       // A run of result pixels that follow each other in memory.
-      int64_t run = 1;
-      while (transposed && run < 16 && i + run < count &&
-             static_cast<float*>(out[i + run]) == static_cast<float*>(out[i]) + run)
-        ++run;
-      __m512 r[16];
-      for (int64_t q = 0; q < run; ++q) r[q] = value_of(totals, e, i + q, o, mask);
+      uint8_t* first = static_cast<uint8_t*>(out[i]);
+      for (run = 1; run < 16 && i + run < count && out[i + run] == first + run * element;) ++run;
       if (run == 1) {
-        alignas(64) float values[16];
-        alignas(64) uint16_t halves[16];
-        uint8_t bytes[16];
-        _mm512_store_ps(values, r[0]);
-        if (e.bytes) _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(r[0], e));
-        else if (e.dtype != FLOAT32)
-          _mm256_store_si256(reinterpret_cast<__m256i*>(halves),
-                             e.dtype == BFLOAT16 ? bfloat16_of(r[0]) : _mm512_cvtps_ph(r[0], 0));
-        for (int64_t c = 0; c < some; ++c) {
-          const int64_t place = (o + c) * channel_stride;
-          if (e.bytes) static_cast<uint8_t*>(out[i])[place] = bytes[c];
-          else if (e.dtype == FLOAT32) static_cast<float*>(out[i])[place] = values[c];
-          else static_cast<uint16_t*>(out[i])[place] = halves[c];
-        }
-      } else {
-        for (int64_t q = run; q < 16; ++q) r[q] = _mm512_setzero_ps();
-        transpose(r);
-        float* place = static_cast<float*>(out[i]) + o * channel_stride;
-        const __mmask16 pixels = static_cast<__mmask16>((1 << run) - 1);
-        for (int64_t c = 0; c < some; ++c) _mm512_mask_storeu_ps(place + c * channel_stride, pixels, r[c]);
+        alignas(64) uint8_t values[64];
+        store(value_of(totals, e, i, o, first_lanes(some)), e, values, 0, 0xffff);
+        for (int64_t c = 0; c < some; ++c)
+          std::memcpy(first + (o + c) * channel_stride * element, values + c * element, element);
+        continue;
       }
-      i += run;
+      __m512 r[16];
+      for (int64_t q = 0; q < 16; ++q)
+        r[q] = q < run ? value_of(totals, e, i + q, o, first_lanes(some)) : _mm512_setzero_ps();
+      transpose(r);
+      for (int64_t c = 0; c < some; ++c) store(r[c], e, first, (o + c) * channel_stride, first_lanes(run));
     }
   }
 }

@@ -1,6 +1,7 @@
 #include "runtime/table.h"
 
 #include "bits/bits.h"
+#include "gradient/gradient.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
 #include "update/update.h"
@@ -16,8 +17,13 @@ const Row kernels[] = {
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),
+    largest_by_column_kernel.row(),
+    largest_kernel.row(),
+    round_kernel.row(),
+    straight_through_kernel.row(),
     update_kernel.row(),
-    row_moment_kernel.row(),
+    mean_square_kernel.row(),
+    within_kernel.row(),
 };
 constexpr int kernel_count = sizeof(kernels) / sizeof(kernels[0]);
 

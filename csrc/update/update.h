@@ -1,48 +1,71 @@
-// One optimizer step of packed weights in one pass; bitorch_engine/ops/reference/update.py defines it, bit for bit.
+// One optimizer step over a weight of 1 to 8 bits, its residual and its moments; ops/reference/update.py is the
+// definition, and every kernel gives its bits.
 #pragma once
 
 #include <cstdint>
 
-#include "quantize/quantize.h"
 #include "runtime/table.h"
 
 namespace bitorch_engine {
 
-// How a moment is stored; see ops/reference/moments.py. CHANNEL: float32, one second moment a row.
-enum MomentKind : int { NO_MOMENT = 0, MOMENT_FLOAT32, MOMENT_BFLOAT16, MOMENT_FLOAT16, MOMENT_8BIT, MOMENT_CHANNEL };
+// How a moment is stored. ops/cpu/update.py has the same numbers. PER_ROW: a second moment with one float a row, which
+// the driver advances; blocks see none.
+enum MomentKind : int { NONE = 0, MOMENT_F32 = 1, MOMENT_BF16 = 2, MOMENT_F16 = 3, MOMENT_8BIT = 4, PER_ROW = 5 };
 
-// ops/cpu/update.py has the same fields. All factors are rounded to float32 as torch rounds its scalars.
-struct UpdateArguments {
-  uint8_t* packed;
-  uint8_t* residual;
-  const float* scale;  // one a row
-  const void* grad;    // (rows, columns)
-  void* exp_avg_s;
-  void* exp_avg_l;
-  int64_t rows, columns;
-  int64_t grad_dtype, s_kind, l_kind, bits, threads;
-  int64_t add;  // 1: grad is what is added to the weight; no moments
-  uint32_t moment_key, code_key;
-  float levels_per_scale;  // (1 << hidden bits) / format.step
-  float lr, grad_factor, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction1, inverse_correction2, eps,
-      inverse_columns;
+constexpr int64_t BLOCK = 128;      // elements that share a unit in an 8-bit moment, and that a kernel takes at a time
+constexpr int64_t BLOCK_ROW = 132;  // bytes of a block of an 8-bit moment: the codes, then the unit
+
+inline constexpr int moment_bytes(MomentKind kind) {  // of a block
+  return kind == MOMENT_F32 ? 4 * BLOCK : kind == MOMENT_8BIT ? BLOCK_ROW : kind == NONE ? 0 : 2 * BLOCK;
+}
+
+// What is the same for all blocks of a step.
+struct StepRule {
+  int bits;
+  float beta1, rest1, beta2, rest2;  // rest: 1 - beta
+  float least;                       // added to the root of the second moment
+  float grad_factor;
+  int grad_bf16;  // the gradient is bfloat16, not float32
+  MomentKind first, second;
+  uint32_t key;
 };
 
-// Elements first .. last - 1, first a multiple of 128. rates: levels per unit of direction, one a row.
-using UpdateFunction = void (*)(const UpdateArguments& arguments, const float* rates, int64_t first, int64_t last);
-// Advances the second moments of rows first .. last - 1 by the mean square of their gradient.
-using RowMomentFunction = void (*)(const UpdateArguments& arguments, float* scratch, int64_t first, int64_t last);
+// `count` blocks in a row. rate: units of 2**-23 levels a unit of the gradient, 128 floats for a block; those of the next
+// block lie rate_stride behind, 0 where all blocks lie in one row.
+struct Blocks {
+  uint8_t *packed, *residual;
+  const void* grad;
+  void *first, *second;
+  const float* rate;
+  int64_t rate_stride;
+  int64_t start, count;  // index of the first element, for its noise; number of blocks
+};
 
-#define BE_UPDATE(isa)                                                                                       \
-  void update_##isa(const UpdateArguments& arguments, const float* rates, int64_t first, int64_t last);      \
-  void row_moment_##isa(const UpdateArguments& arguments, float* scratch, int64_t first, int64_t last);
-BE_UPDATE(scalar)
-BE_UPDATE(avx2)
-BE_UPDATE(avx512)
-BE_UPDATE(neon)
-#undef BE_UPDATE
+using UpdateFunction = void (*)(const StepRule& rule, const Blocks& blocks);
+
+void update_scalar(const StepRule& rule, const Blocks& blocks);
+void update_avx2(const StepRule& rule, const Blocks& blocks);
+void update_avx512(const StepRule& rule, const Blocks& blocks);
+void update_neon(const StepRule& rule, const Blocks& blocks);
+
+// Mean square of `count` elements times the factor, added up in the order of the reference's tree_sum.
+// scratch: as many floats as the largest power of two below count.
+using MeanSquareFunction = float (*)(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+
+float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+float mean_square_neon(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+
+// Whether all elements lie between -limit and limit; false for NaN.
+using WithinFunction = bool (*)(const float* values, int64_t count, float limit);
+
+bool within_scalar(const float* values, int64_t count, float limit);
+bool within_avx2(const float* values, int64_t count, float limit);
+bool within_avx512(const float* values, int64_t count, float limit);
 
 extern const Kernel<UpdateFunction> update_kernel;
-extern const Kernel<RowMomentFunction> row_moment_kernel;
+extern const Kernel<MeanSquareFunction> mean_square_kernel;
+extern const Kernel<WithinFunction> within_kernel;
 
 }  // namespace bitorch_engine

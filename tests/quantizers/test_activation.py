@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitorch_engine.ops.reference.activation import activation_codes, activation_grads, quantize_activation
+from bitorch_engine.ops.reference.activation import activation_codes, activation_index, straight_through
 from bitorch_engine.quantizers.activation import ActivationQuantizer
 
 WIDTHS = range(1, 9)
@@ -54,7 +54,7 @@ def activations(low: float, *shape: int) -> Tensor:
 def test_codes_are_rounded_and_clamped(bits: int, low: float) -> None:
     scale = torch.tensor(0.25)
     x = torch.cat([activations(low, 200) * 2 ** (bits - 1) * 0.2, torch.tensor([0.0, 1e9, -1e9, 0.125, 0.375, -0.125])])
-    index, beyond = quantize_activation(x, scale, torch.tensor(low), bits)
+    index, beyond = activation_index(x, scale, torch.tensor(low), bits)
     assert index.dtype == beyond.dtype == torch.uint8 and int(index.max()) <= 2**bits - 1
     codes = activation_codes(index, torch.tensor(low), bits)
     assert torch.equal((codes * scale).double(), fake_quantize(x, scale, bits, low))
@@ -66,8 +66,8 @@ def test_what_is_kept_tells_which_elements_were_clipped(bits: int, low: float) -
     scale = torch.tensor(0.25)
     x = torch.randn(1000) * 2 ** (bits - 1) * 0.2
     x = torch.cat([x, (low + torch.arange(2**bits) * (2 if bits == 1 else 1)) * 0.25])  # the codes themselves are not
-    index, beyond = quantize_activation(x, scale, torch.tensor(low), bits)
-    grad_x, _ = activation_grads(torch.ones_like(x), index, beyond, torch.tensor(low), bits)
+    index, beyond = activation_index(x, scale, torch.tensor(low), bits)
+    grad_x, _ = straight_through(torch.ones_like(x), index, beyond, torch.tensor(low), bits)
     ratio = x / scale
     inside = (ratio >= low) & (ratio <= low + (2**bits - 1) * (2 if bits == 1 else 1))
     assert torch.equal(grad_x, inside.float())
@@ -81,8 +81,8 @@ def test_the_scales_gradient_correlates_with_that_of_lsq(bits: int, low: float) 
     pairs = []
     for _ in range(100):
         x, grad = activations(low, 4, 300), torch.randn(4, 300)
-        index, beyond = quantize_activation(x, scale, torch.tensor(low), bits)
-        _, ours = activation_grads(grad, index, beyond, torch.tensor(low), bits)
+        index, beyond = activation_index(x, scale, torch.tensor(low), bits)
+        _, ours = straight_through(grad, index, beyond, torch.tensor(low), bits)
         pairs.append((float(ours), float((grad * exact_lsq(x, scale, bits, low)).sum() / (300 * high) ** 0.5)))
     ours, exact = torch.tensor(pairs).T
     assert float((ours * exact).sum() / (ours.norm() * exact.norm())) > 0.6
@@ -95,7 +95,7 @@ def test_following_the_gradient_brings_a_bad_scale_to_one_that_fits(bits: int, l
     x = activations(low, 4, 500)
 
     def error(scale: float) -> Tensor:
-        index, _ = quantize_activation(x, torch.tensor(scale), torch.tensor(low), bits)
+        index, _ = activation_index(x, torch.tensor(scale), torch.tensor(low), bits)
         return activation_codes(index, torch.tensor(low), bits) * scale - x
 
     candidates = [2 ** (k / 8 - 9) for k in range(88)]
@@ -103,8 +103,8 @@ def test_following_the_gradient_brings_a_bad_scale_to_one_that_fits(bits: int, l
     scale = best * factor
     start = float(error(scale).square().mean())
     for step in range(150):
-        index, beyond = quantize_activation(x, torch.tensor(scale), torch.tensor(low), bits)
-        _, grad = activation_grads(error(scale), index, beyond, torch.tensor(low), bits)
+        index, beyond = activation_index(x, torch.tensor(scale), torch.tensor(low), bits)
+        _, grad = straight_through(error(scale), index, beyond, torch.tensor(low), bits)
         scale *= 2 ** (-0.05 * (1 - step / 150) * float(grad.sign()))
     end = float(error(scale).square().mean())
     assert end < 0.7 * start
@@ -113,26 +113,26 @@ def test_following_the_gradient_brings_a_bad_scale_to_one_that_fits(bits: int, l
 
 def test_at_one_bit_and_where_all_is_clipped_the_scales_gradient_is_exact() -> None:
     x, grad = torch.randn(3, 50), torch.randn(3, 50)
-    index, beyond = quantize_activation(x, torch.tensor(0.7), torch.tensor(-1.0), 1)
-    _, ours = activation_grads(grad, index, beyond, torch.tensor(-1.0), 1)
+    index, beyond = activation_index(x, torch.tensor(0.7), torch.tensor(-1.0), 1)
+    _, ours = straight_through(grad, index, beyond, torch.tensor(-1.0), 1)
     assert torch.allclose(ours, (grad * torch.where(x >= 0, 1.0, -1.0)).sum() / 50**0.5)
     x = 100 + x.abs()
-    index, beyond = quantize_activation(x, torch.tensor(0.7), torch.tensor(0.0), 3)
-    _, ours = activation_grads(grad, index, beyond, torch.tensor(0.0), 3)
+    index, beyond = activation_index(x, torch.tensor(0.7), torch.tensor(0.0), 3)
+    _, ours = straight_through(grad, index, beyond, torch.tensor(0.0), 3)
     assert torch.allclose(ours, (grad * 7).sum() / (50 * 7) ** 0.5)
 
 
 def test_exact_zeros_of_a_relu_do_not_pull_at_the_scale() -> None:
     x = torch.zeros(2, 100)
-    index, beyond = quantize_activation(x, torch.tensor(0.5), torch.tensor(0.0), 4)
-    grad_x, grad_scale = activation_grads(torch.ones(2, 100), index, beyond, torch.tensor(0.0), 4)
+    index, beyond = activation_index(x, torch.tensor(0.5), torch.tensor(0.0), 4)
+    grad_x, grad_scale = straight_through(torch.ones(2, 100), index, beyond, torch.tensor(0.0), 4)
     assert float(grad_scale) == 0 and bool((grad_x == 1).all())
 
 
 @pytest.mark.parametrize(("bits", "low"), CASES, ids=IDS)
 def test_nan_becomes_a_code_and_infinities_the_outermost(bits: int, low: float) -> None:
     x = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    index, _ = quantize_activation(x, torch.tensor(0.5), torch.tensor(low), bits)
+    index, _ = activation_index(x, torch.tensor(0.5), torch.tensor(low), bits)
     codes = activation_codes(index, torch.tensor(low), bits).tolist()
     assert codes == [1.0 if bits == 1 else 0.0, low + (2**bits - 1) * (2 if bits == 1 else 1), low]
 

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from bitorch_engine.ops.reference.gradient import quantize_gradient
+from bitorch_engine import ops
 from bitorch_engine.quantizers.gradient import new_seed
 
 WIDTHS = range(2, 9)
+
+
+def quantized(grad: torch.Tensor, bits: int, keep: int, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes in the shape of the gradient, float32, and the scale."""
+    codes, scale = ops.quantize_gradient(grad, None, bits, keep, seed)
+    assert codes.dtype == torch.int8 and codes.is_contiguous()
+    return codes.movedim(-1, 1).to(torch.float32), scale
 
 
 def seed(number: int) -> torch.Tensor:
@@ -17,7 +24,7 @@ def seed(number: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_codes_are_integers_of_that_width_and_the_largest_reaches_its_end(bits: int, keep: int) -> None:
     grad = torch.randn(3, 4, 5, 6) * torch.tensor([1e-6, 1.0, 1e6]).view(3, 1, 1, 1)
-    codes, scale = quantize_gradient(grad, bits, keep, seed(1))
+    codes, scale = quantized(grad, bits, keep, seed(1))
     limit = 2 ** (bits - 1) - 1
     assert torch.equal(codes, codes.round()) and float(codes.abs().max()) == limit
     assert scale.shape == ((3, 1, 1, 1) if keep == 0 else (1, 4, 1, 1)) and codes.dtype == scale.dtype == torch.float32
@@ -31,9 +38,9 @@ def test_codes_are_integers_of_that_width_and_the_largest_reaches_its_end(bits: 
 def test_the_mean_over_seeds_is_the_gradient(bits: int, keep: int) -> None:
     grad = torch.randn(4, 5, 7)
     seeds = 1000
-    quantized = [quantize_gradient(grad, bits, keep, seed(37 * number - 5000)) for number in range(seeds)]
-    values = torch.stack([codes * scale for codes, scale in quantized]).double()
-    step = quantized[0][1].double()
+    draws = [quantized(grad, bits, keep, seed(37 * number - 5000)) for number in range(seeds)]
+    values = torch.stack([codes * scale for codes, scale in draws]).double()
+    step = draws[0][1].double()
     off = (values.mean(0) - grad) / step
     assert float(off.abs().max()) < 5 * 0.5 / seeds**0.5
     assert abs(float(off.mean())) < 5 * 0.5 / (seeds * off.numel()) ** 0.5
@@ -44,9 +51,9 @@ def test_zero_stays_zero_exactly(bits: int) -> None:
     grad = torch.randn(3, 4, 6)
     grad[1], grad[:, 2], grad[0, 0, 0] = 0, 0, -0.0
     for number in range(20):
-        codes, scale = quantize_gradient(grad, bits, 0, seed(number))
+        codes, scale = quantized(grad, bits, 0, seed(number))
         assert not (codes * scale)[grad == 0].any()
-    codes, scale = quantize_gradient(torch.zeros(2, 3, 4), bits, 1, seed(0))
+    codes, scale = quantized(torch.zeros(2, 3, 4), bits, 1, seed(0))
     assert not codes.any() and bool((codes * scale == 0).all())
 
 
@@ -55,21 +62,21 @@ def test_a_value_that_is_not_finite_is_not_lost(value: float) -> None:
     grad = torch.randn(3, 4, 6)
     grad[1, 2, 3] = value
     for keep in (0, 1):
-        codes, scale = quantize_gradient(grad, 4, keep, seed(0))
+        codes, scale = quantized(grad, 4, keep, seed(0))
         assert not bool((codes * scale).isfinite().all())
 
 
 def test_neighbours_and_seeds_are_rounded_independently() -> None:
     grad = torch.full((1, 1, 1 << 16), 0.5)
     grad[0, 0, 0] = 7.0  # sets the scale to 1 at 4 bits
-    draws = [quantize_gradient(grad, 4, 0, seed(number))[0].view(-1)[1:] - 0.5 for number in (3, 4)]
+    draws = [quantized(grad, 4, 0, seed(number))[0].view(-1)[1:] - 0.5 for number in (3, 4)]
     for a, b in ((draws[0][:-1], draws[0][1:]), (draws[0], draws[1])):
         assert abs(float((a * b).mean()) * 4) < 5 / (1 << 8)
 
 
 def test_the_same_seed_gives_the_same_codes() -> None:
     grad = torch.randn(3, 4, 6)
-    assert torch.equal(quantize_gradient(grad, 4, 0, seed(9))[0], quantize_gradient(grad, 4, 0, seed(9))[0])
+    assert torch.equal(quantized(grad, 4, 0, seed(9))[0], quantized(grad, 4, 0, seed(9))[0])
 
 
 def test_seeds_come_from_torchs_generator() -> None:
@@ -86,11 +93,11 @@ def test_seeds_come_from_torchs_generator() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)], ids=str)
 def test_no_elements(shape: tuple[int, ...]) -> None:
-    codes, scale = quantize_gradient(torch.zeros(shape), 4, 1, seed(0))
+    codes, scale = quantized(torch.zeros(shape), 4, 1, seed(0))
     assert codes.shape == (codes * scale).shape == shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_float_types_are_widened(dtype: torch.dtype) -> None:
-    codes, scale = quantize_gradient(torch.randn(2, 3, 4).to(dtype), 8, 0, seed(0))
+    codes, scale = quantized(torch.randn(2, 3, 4).to(dtype), 8, 0, seed(0))
     assert codes.dtype == scale.dtype == torch.float32

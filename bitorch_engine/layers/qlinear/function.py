@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitorch_engine import ops
 from bitorch_engine.parameters import PackedParameter
 
 
@@ -18,8 +19,10 @@ class WeightOnlyLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dense = weight.dequantize() if isinstance(weight, PackedParameter) else weight
-        return F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        if not isinstance(weight, PackedParameter):
+            return F.linear(x, weight.to(x.dtype), bias)
+        return ops.linear_weight_only(x, weight.packed, weight.channel_scale, weight.w_bit, bias, weight.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,7 +7,7 @@ reference what its kernel does not do.
 from collections.abc import Callable
 from typing import Any
 
-from bitorch_engine.ops.cpu import bits, conv, update
+from bitorch_engine.ops.cpu import bits, conv, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
 
@@ -18,9 +18,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "unpack": bits.unpack,
     "update_": update.update_,
     "add_": update.add_,
+    "all_within": update.all_within,
+    "dequantize": quantize.dequantize,
+    "quantize_activation": quantize.quantize_activation,
+    "activation_values": quantize.activation_values,
+    "activation_grads": quantize.activation_grads,
+    "quantize_gradient": quantize.quantize_gradient,
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,
+    "linear_weight_only": linear.linear_weight_only,
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 

@@ -55,7 +55,7 @@ def function(name: str, *argument_types: Any, result: Any = None) -> Any:
     return found
 
 
-POINTER, INT, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+POINTER, INT, INT64, FLOAT, FLOAT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """csrc/quantize/quantize.h's numbers of the float types that kernels read and write."""

@@ -10,26 +10,45 @@ import torch
 from torch import Tensor
 
 from bitorch_engine.bits import BitFormat, bit_format, pack, unpack
-from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
+from bitorch_engine.ops.reference.noise import as_int32, noise_bits, noise_key
 
-CODE_STREAM = 1  # of noise
+_STEP = 1  # noise stream
+_RUN, _FACTOR = 128, 0x915F77F5  # the factor: Steele & Vigna 2022 (arXiv:2001.05304), a multiplier mod 2**32
+_MOST = 255 * 2.0**23
+"""A step up ends here, so that an int32 holds it and the noise on top."""
 
 
-def move_levels_(packed: Tensor, residual: Tensor, bits: int, *, start: int, move: Tensor, key: int) -> None:
+def step_noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """32 noise bits for each element of a step: int32, (count,).
+
+    In each run of 128 elements, the second half takes the noise of the first times an odd number: a product is half of
+    what a hash costs, and elements so far apart do not meet. The move of the level takes the upper 23 bits, a second
+    moment the upper 13 to 19, a first moment the lower ones. Level and second moment share bits: each is unbiased
+    alone, and neither enters the other in the same step.
+    """
+    first = start - start % _RUN
+    length = start + count - first
+    halves = noise_bits(step_key(key), first, length + -length % _RUN, device).view(-1, 2, _RUN // 2)
+    halves[:, 1] = halves[:, 0] * as_int32(_FACTOR)
+    return halves.view(-1)[start - first : start - first + count]
+
+
+def step_key(key: int) -> int:
+    """The key of the noise of one step of one weight."""
+    return noise_key(key, _STEP)
+
+
+def move_levels_(packed: Tensor, residual: Tensor, bits: int, *, start: int, move: Tensor, noise: Tensor) -> None:
     """Move the levels of elements start, start + 1, ... by ``move`` levels, rounded stochastically, and clamp them.
 
-    packed, residual: the two planes of the whole weight.  move: (count,) float, in levels.
-    A move of zero changes nothing. The rounding is unbiased down to 2**-24 levels.
+    packed, residual: the two planes of the whole weight.  move: (count,) float, in levels.  noise: of ``step_noise``.
+    A move is first rounded to a multiple of 2**-23 levels, the resolution of the noise; zero moves nothing.
     """
     form = bit_format(bits)
-    count = move.numel()
-    noise = uniform24(noise_bits(noise_key(key, CODE_STREAM), start, count, move.device))
-    size = move.abs()
-    whole = size.floor()
-    whole = whole + (noise < size - whole)
-    steps = torch.where(move < 0, -whole, whole).clamp(-255, 255).to(torch.int16)
-    levels = load_levels(packed, residual, form, start, count).to(torch.int16)
-    store_levels_(packed, residual, form, start, (levels + steps).clamp_(0, 255).to(torch.uint8))
+    fine = (move * 2.0**23).clamp_max(_MOST).round().clamp_min(-(2.0**31)).to(torch.int64)
+    steps = (fine + ((noise >> 9) & 0x7FFFFF)) >> 23
+    levels = load_levels(packed, residual, form, start, move.numel()) + steps
+    store_levels_(packed, residual, form, start, levels.clamp_(0, 255).to(torch.uint8))
 
 
 def load_levels(packed: Tensor, residual: Tensor, form: BitFormat, start: int, count: int) -> Tensor:

@@ -1,24 +1,29 @@
 """How Adam's two moving averages are stored: in a float type, or in 8 bits; always rounded stochastically, so unbiased.
 
-An 8-bit moment is a uint8 tensor of shape (blocks, 132): 128 codes, then the block's unit, a power of two above its
-largest magnitude, as the four bytes of a float32. Codes are companded, because moments span many decades: in that unit,
+A float32 is rounded to a shorter one by adding noise to the low bits that go, and cutting them. Every stored type here
+is a float32 that is cut so: bfloat16 after 7 bits of fraction, float16 after 10, the 8-bit form after 4. The numbers of
+a float lie evenly between two powers of two, therefore the mean of what is stored is the value itself.
 
-    code = the bits of float32(size + offset), cut after 3 bits of the fraction, less those of the offset
+An 8-bit moment is a uint8 tensor of shape (blocks, 132): 128 codes, then the block's unit as the four bytes of a
+float32, a power of two. A magnitude x is stored as the steps that x + unit lies above the unit, 16 to each doubling:
 
-so that codes are a straight line up to the offset and three bits of a float beyond it. The offset is 2**-31 for a
-second moment (all 8 bits) and 2**-15 for a first one (7 bits; the top bit is the sign). Adding noise below the cut
-rounds it stochastically. All of it is integer arithmetic on the bits of a float: no root, no division.
+    x + unit, as float32    [0|exponent: 8|fraction: 4|cut: 19]        code = its upper 13 bits less those of the unit
+    second moment           [code: 8]           0 .. 255: 16 doublings, values to 63487 units
+    first moment            [sign|code: 7]      0 .. 127:  8 doublings, values to   247 units
+
+Adding the unit makes the numbers below it even, down to 0, which is kept exactly. The unit is the least power of two
+for which the block's largest magnitude has a code.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitorch_engine.ops.reference.noise import high16, low16
-
 BLOCK = 128
-"""Elements that share one scale in an 8-bit moment."""
+"""Elements that share one unit in an 8-bit moment."""
 _ROW = BLOCK + 4
+_CUT_8BIT = 19
+_DOUBLINGS = {False: 16, True: 8}  # of a second, and of a first moment, which has a sign
 
 
 def new_moment(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -36,11 +41,6 @@ def moment_fits(stored: Tensor, shape: torch.Size | tuple[int, ...]) -> bool:
     return stored.shape == torch.Size(shape)
 
 
-def needs_noise(stored: Tensor | None) -> bool:
-    """Whether what is stored in that moment is rounded."""
-    return stored is not None and stored.dtype in (torch.uint8, *_ROUNDERS)
-
-
 def load_moment(stored: Tensor, start: int, stop: int, dtype: torch.dtype, *, signed: bool) -> Tensor:
     """Elements start .. stop - 1 of a moment in row-major order, as ``dtype``. ``start`` is a multiple of BLOCK."""
     if stored.dtype != torch.uint8:
@@ -48,76 +48,77 @@ def load_moment(stored: Tensor, start: int, stop: int, dtype: torch.dtype, *, si
     rows = stored[start // BLOCK : -(-stop // BLOCK)]
     codes = rows[:, :BLOCK].to(torch.int32)
     unit = rows[:, BLOCK:].contiguous().view(torch.float32)
-    base, offset = _companding(signed)
     size = codes & 0x7F if signed else codes
-    values = (((size + base) << _CUT).view(torch.float32) - offset) * unit
+    values = ((size << _CUT_8BIT) + unit.view(torch.int32)).view(torch.float32) - unit
     if signed:
         values = torch.where(codes > 0x7F, -values, values)
     return values.view(-1)[: stop - start].to(dtype)
 
 
-def store_moment_(stored: Tensor, start: int, values: Tensor, noise: Tensor | None, *, signed: bool) -> None:
+def store_moment_(stored: Tensor, start: int, values: Tensor, noise: Tensor, *, signed: bool) -> None:
     """Round values into elements start, start + 1, ... of a moment, in place.
 
-    noise: int32 bits, one an element, or None where ``needs_noise`` says no. First moments (signed) use the low half,
-    second moments the high half; in 8 bits, 20 bits of either end.
+    noise: int32 bits, one an element. First moments (signed) use the low bits, second moments the high ones.
     """
-    if noise is None or not needs_noise(stored):
-        stored.view(-1)[start : start + values.numel()].copy_(values)
-        return
-    values = values.to(torch.float32)
     if stored.dtype == torch.uint8:
-        _store_8bit_(stored, start, values, noise, signed=signed)
-    else:
-        noise = low16(noise) if signed else high16(noise)
-        target = stored.view(-1)[start : start + values.numel()]
-        target.copy_(_ROUNDERS[stored.dtype](values, noise))
+        noise = _noise_below(_CUT_8BIT, noise, signed)
+        _store_8bit_(stored, start, values.to(torch.float32), noise, signed=signed)
+        return
+    if stored.dtype in _ROUNDERS:
+        cut, rounded = _ROUNDERS[stored.dtype]
+        values = rounded(values.to(torch.float32), _noise_below(cut, noise, signed))
+    stored.view(-1)[start : start + values.numel()].copy_(values)
+
+
+def _noise_below(cut: int, noise: Tensor, signed: bool) -> Tensor:
+    """``cut`` bits of noise: the low ones for a first moment, the high ones for a second."""
+    return (noise if signed else noise >> (32 - cut)) & ((1 << cut) - 1)
+
+
+def _cut_bits(values: Tensor, cut: int, noise: Tensor) -> Tensor:
+    """float32 values without their lowest ``cut`` bits, rounded stochastically to neighbours of the same sign."""
+    return ((values.view(torch.int32) + noise) & -(1 << cut)).view(torch.float32)
 
 
 def _to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
-    """bfloat16 is float32 cut after 16 bits: adding 16 noise bits before the cut rounds stochastically."""
-    bits = values.view(torch.int32)
-    return ((bits + noise) & ~0xFFFF).view(torch.float32)
+    return _cut_bits(values, 16, noise)
 
 
 def _to_float16(values: Tensor, noise: Tensor) -> Tensor:
-    """float16 keeps 11 significant bits, and 2**-24 is its smallest positive number."""
-    exponent = torch.frexp(values).exponent.clamp_min(-13)
-    # ldexp by a tensor goes through pow; a power of two is built exactly from its exponent bits instead.
-    unit = ((exponent - 11 + 127) << 23).to(torch.int32).view(torch.float32)
-    rounded = torch.floor(values / unit + noise.to(torch.float32) * 2.0**-16) * unit
-    return rounded.clamp(-65504.0, 65504.0)
+    """float16 has a fraction of 10 bits; below 2**-14 its numbers lie evenly, as far apart as those just above."""
+    size = values.abs()
+    shift = torch.where(size < 2.0**-14, 2.0**-14, 0.0)
+    size = (_cut_bits(size + shift, 13, noise) - shift).clamp_max(65504.0)
+    return torch.copysign(size, values)
 
 
-_ROUNDERS = {torch.bfloat16: _to_bfloat16, torch.float16: _to_float16}
+_ROUNDERS = {torch.bfloat16: (16, _to_bfloat16), torch.float16: (13, _to_float16)}
+"""How many bits are cut, and how."""
 
 
 def _store_8bit_(stored: Tensor, start: int, values: Tensor, noise: Tensor, *, signed: bool) -> None:
     padding = -values.numel() % BLOCK
     blocks = F.pad(values, (0, padding)).view(-1, BLOCK)
     noise = F.pad(noise, (0, padding)).view(-1, BLOCK)
-    # The power of two above the largest, and its inverse, both normal numbers. As integers, floats are in order.
-    exponent = ((blocks.abs().amax(1, keepdim=True).view(torch.int32) >> 23) + 1).clamp(2, 252)
-    unit, inverse = ((bits << 23).view(torch.float32) for bits in (exponent, 254 - exponent))
-    base, offset = _companding(signed)
-    random = noise & ((1 << _CUT) - 1) if signed else (noise >> (32 - _CUT)) & ((1 << _CUT) - 1)
-    code = (((blocks.abs() * inverse + offset).view(torch.int32) + random) >> _CUT) - base
-    if signed:
-        code |= (blocks.view(torch.int32) >> 24) & 128
-    else:
-        # A second moment that is positive stays positive: at code 0 the step would be divided by eps alone.
-        code = torch.maximum(code, (blocks > 0).to(torch.int32))
+    size = blocks.abs()
+    unit = _unit(size.amax(1, keepdim=True), signed)
+    code = (((size + unit).view(torch.int32) + noise) - unit.view(torch.int32)) >> _CUT_8BIT
+    # A second moment that is positive stays positive: at code 0 the step would be divided by eps alone.
+    sign, least = (blocks.view(torch.int32) >> 24) & 0x80, (blocks > 0).to(torch.int32)
+    code = code | sign if signed else torch.maximum(code, least)
     first = start // BLOCK
     target = stored[first : first + blocks.shape[0]]
     target[:, :BLOCK] = code.to(torch.uint8)
     target[:, BLOCK:] = unit.view(torch.uint8)
 
 
-_CUT = 20
-"""Bits of a float32 below those that a code keeps."""
+def _unit(largest: Tensor, signed: bool) -> Tensor:
+    """The least power of two, not below the normal numbers, for which largest + unit has a code.
 
-
-def _companding(signed: bool) -> tuple[int, float]:
-    """(base, offset): the offset, and its bits as a code has them."""
-    power = -15 if signed else -31
-    return (127 + power) << 3, 2.0**power
+    That is so where, in front of the exponent of ``largest``, the fraction leaves room for the unit and for rounding
+    up; else the exponent is one more.
+    """
+    doublings = _DOUBLINGS[signed]
+    room = (1 << (23 - (doublings - 1))) + (1 << _CUT_8BIT) - 1
+    exponent = (largest.view(torch.int32) + room) >> 23
+    return ((exponent - (doublings - 1)).clamp_min(1) << 23).view(torch.float32)

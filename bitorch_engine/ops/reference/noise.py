@@ -30,13 +30,13 @@ def noise_bits(key: int | Tensor, start: int, count: int, device: torch.device) 
     low = index.to(torch.int32)
     if start + count > 1 << 32:  # the part above 32 bits enters through a hash of its own
         low = low ^ hash32((index >> 32).to(torch.int32))
-    return hash32(low ^ (key if isinstance(key, Tensor) else _as_int32(key)))
+    return hash32(low ^ (key if isinstance(key, Tensor) else as_int32(key)))
 
 
 def hash32(x: Tensor) -> Tensor:
     """A bijection of 32 bits that flips each output bit with probability 1/2 for each input bit. int32, any shape."""
     for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
-        x = (x ^ _logical_shift(x, shift)) * _as_int32(factor)
+        x = (x ^ _logical_shift(x, shift)) * as_int32(factor)
     return x ^ _logical_shift(x, _SHIFTS[-1])
 
 
@@ -45,21 +45,12 @@ def uniform24(bits: Tensor) -> Tensor:
     return _logical_shift(bits, 8).to(torch.float32) * 2.0**-24
 
 
-def low16(bits: Tensor) -> Tensor:
-    """The low half of the noise bits, int32 in 0 .. 65535."""
-    return bits & 0xFFFF
-
-
-def high16(bits: Tensor) -> Tensor:
-    """The high half of the noise bits, int32 in 0 .. 65535."""
-    return _logical_shift(bits, 16)
-
-
 def _logical_shift(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << (32 - shift)) - 1)
 
 
-def _as_int32(value: int) -> int:
+def as_int32(value: int) -> int:
+    """The int32 with the bits of a number below 2**32."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
 

@@ -9,31 +9,31 @@ written out so that it rounds once (no fused multiply-add, no order of summation
 the same float32 operations in the same order gets the same bits.
 """
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format
-from bitorch_engine.ops.reference.levels import move_levels_
-from bitorch_engine.ops.reference.moments import load_moment, needs_noise, store_moment_
-from bitorch_engine.ops.reference.noise import noise_bits, noise_key
+from bitorch_engine.ops.reference.levels import move_levels_, step_noise
+from bitorch_engine.ops.reference.moments import load_moment, store_moment_
 
 SLICE = 1 << 16
 """Elements handled at a time: a multiple of the 8-bit moments' block and of the eight values that fill whole bytes."""
 
-MOMENT_STREAM = 2  # of noise
+_LEAST_DENOMINATOR = 1e-30  # so that 0 / 0 is no step
+_LARGEST_RATE = 1e30  # so that 0 times the rate is 0
 
 
-def update(
+def update_(
     packed: Tensor,
     residual: Tensor,
     scale: Tensor,
     grad: Tensor,
     exp_avg_s: Tensor | None,
     exp_avg_l: Tensor | None,
-    bits: int,
     *,
+    bits: int,
     lr: float,
     beta1: float,
     beta2: float,
@@ -48,35 +48,30 @@ def update(
 
     packed, residual: its two planes, R * K elements.  scale: (R,) float32.  grad: (R, K) float.
     exp_avg_s, exp_avg_l: stored moments; exp_avg_s may be float32 with R elements: one second moment a row.
+    correction1, correction2: 1 - beta**t, or 1.
     grad_factor: a power of two that the gradient is multiplied by before it enters the moments (eps likewise).
     dtype: float32 or float64, what is computed in.
+
+        m = beta1 m + (1 - beta1) g      v = beta2 v + (1 - beta2) g*g      move = -lr (m / c1) / (sqrt(v / c2) + eps)
+
+    Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1; the corrections enter as one factor of the rate and of eps.
     """
     rows, columns = grad.shape
-    levels_per_unit = level_rate(scale, bits) * lr
-    per_row = False
-    if exp_avg_s is not None and exp_avg_s.dtype != torch.uint8 and exp_avg_s.numel() == rows != grad.numel():
+    factor, least = step_constants(exp_avg_s, lr, eps * grad_factor, correction1, correction2, exp_avg_l)
+    rate = level_rate(scale, bits).to(dtype) * -factor
+    per_row = is_per_row(exp_avg_s, rows, grad.numel())
+    if exp_avg_s is not None and per_row:
         channel_second_moment_(exp_avg_s, grad, beta2=beta2, grad_factor=grad_factor)
-        per_row = True
-        levels_per_unit = levels_per_unit / (
-            (exp_avg_s.view(-1).to(dtype) * (1 / correction2)).sqrt() + eps * grad_factor
-        )
+        rate = rate / (exp_avg_s.view(-1).to(dtype).sqrt() + least)
+        exp_avg_s = None
+    rate = rate.clamp(-_LARGEST_RATE, _LARGEST_RATE)
     flat = grad.reshape(-1)
     for start in range(0, flat.numel(), SLICE):
         part = flat[start : start + SLICE].to(dtype) * grad_factor
         row = torch.arange(start, start + part.numel(), device=part.device) // columns
-        direction = adam_direction_(
-            part,
-            None if per_row else exp_avg_s,
-            exp_avg_l,
-            start=start,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps * grad_factor,
-            correction1=correction1,
-            correction2=correction2,
-            key=key,
-        )
-        move_levels_(packed, residual, bits, start=start, move=-(direction * levels_per_unit[row]), key=key)
+        noise = step_noise(key, start, part.numel(), part.device)
+        move = _move_(part, exp_avg_s, exp_avg_l, start, beta1, beta2, rate[row], least, noise)
+        move_levels_(packed, residual, bits, start=start, move=move, noise=noise)
 
 
 def direction_(
@@ -84,33 +79,39 @@ def direction_(
     exp_avg_s: Tensor | None,
     exp_avg_l: Tensor | None,
     *,
-    grad_factor: float,
+    beta1: float,
+    beta2: float,
     eps: float,
+    correction1: float,
+    correction2: float,
+    grad_factor: float,
     dtype: torch.dtype,
-    **settings: Any,
+    key: int,
 ) -> Tensor:
     """Advance the moments with a whole gradient and return Adam's direction, the shape of ``grad``, without a step.
 
-    For gradients that are projected, or of parameters that are not packed. Arguments as in ``update``.
+    For gradients that are projected, or of parameters that are not packed. Arguments as in ``update_``.
     """
+    factor, least = step_constants(exp_avg_s, 1.0, eps * grad_factor, correction1, correction2, exp_avg_l)
+    rate = torch.tensor(factor, dtype=dtype, device=grad.device)
     flat = grad.reshape(-1)
     out = torch.empty(flat.numel(), dtype=dtype, device=grad.device)
     for start in range(0, flat.numel(), SLICE):
         part = flat[start : start + SLICE].to(dtype) * grad_factor
-        out[start : start + SLICE] = adam_direction_(
-            part, exp_avg_s, exp_avg_l, start=start, eps=eps * grad_factor, **settings
-        )
+        noise = step_noise(key, start, part.numel(), part.device)
+        out[start : start + SLICE] = _move_(part, exp_avg_s, exp_avg_l, start, beta1, beta2, rate, least, noise)
     return out.view(grad.shape)
 
 
-def add(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, bits: int, key: int) -> None:
+def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, *, bits: int, key: int) -> None:
     """Add ``delta`` (R, K), in units of the weight, to the levels of a weight, rounded stochastically."""
-    rate = level_rate(scale, bits)
+    rate = level_rate(scale, bits).clamp(-_LARGEST_RATE, _LARGEST_RATE)
     flat = delta.reshape(-1)
     for start in range(0, flat.numel(), SLICE):
         part = flat[start : start + SLICE].to(torch.float32)
         row = torch.arange(start, start + part.numel(), device=part.device) // delta.shape[1]
-        move_levels_(packed, residual, bits, start=start, move=part * rate[row], key=key)
+        noise = step_noise(key, start, part.numel(), part.device)
+        move_levels_(packed, residual, bits, start=start, move=part * rate[row], noise=noise)
 
 
 def level_rate(scale: Tensor, bits: int) -> Tensor:
@@ -119,43 +120,57 @@ def level_rate(scale: Tensor, bits: int) -> Tensor:
     return ((1 << form.hidden_bits) / form.step) / scale
 
 
-def adam_direction_(
-    grad: Tensor,
+def is_per_row(exp_avg_s: Tensor | None, rows: int, count: int) -> bool:
+    """Whether a second moment has one value a row of a gradient of ``count`` elements."""
+    return exp_avg_s is not None and exp_avg_s.dtype != torch.uint8 and exp_avg_s.numel() == rows != count
+
+
+def step_constants(
     exp_avg_s: Tensor | None,
-    exp_avg_l: Tensor | None,
-    *,
-    start: int,
-    beta1: float,
-    beta2: float,
+    lr: float,
     eps: float,
     correction1: float,
     correction2: float,
-    key: int,
+    exp_avg_l: Tensor | None,
+) -> tuple[float, float]:
+    """(factor, least): a step is ``factor * m / (sqrt(v) + least)``, or ``factor * m`` without a second moment."""
+    factor = lr if exp_avg_l is None else lr / correction1
+    if exp_avg_s is None:
+        return factor, 0.0
+    root = math.sqrt(correction2)
+    return factor * root, max(eps * root, _LEAST_DENOMINATOR)
+
+
+def _move_(
+    grad: Tensor,
+    exp_avg_s: Tensor | None,
+    exp_avg_l: Tensor | None,
+    start: int,
+    beta1: float,
+    beta2: float,
+    rate: Tensor,
+    least: float,
+    noise: Tensor,
 ) -> Tensor:
-    """Advance both moments of a slice and return Adam's direction (float, the shape of ``grad``).
-
-    grad: (count,) float32 or float64, elements start .. start + count - 1 of the gradient.
-    exp_avg_s: stored second moment (see ``moments``), or float (count,) already advanced, one value an element.
-    exp_avg_l: stored first moment, or None for none.  correction1, correction2: 1 - beta**t, or 1.
-
-        m = beta1 m + (1 - beta1) g      v = beta2 v + (1 - beta2) g*g      direction = (m / c1) / (sqrt(v / c2) + eps)
-
-    Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1.
-    """
+    """Advance the moments of a slice with its gradient, (count,), and return ``rate * m / (sqrt(v) + least)``."""
     stop = start + grad.numel()
-    noise = None
-    if needs_noise(exp_avg_s) or needs_noise(exp_avg_l):
-        noise = noise_bits(noise_key(key, MOMENT_STREAM), start, grad.numel(), grad.device)
-    numerator = grad
+    m = grad
     if exp_avg_l is not None:
         m = load_moment(exp_avg_l, start, stop, grad.dtype, signed=True) * beta1 + grad * (1 - beta1)
         store_moment_(exp_avg_l, start, m, noise, signed=True)
-        numerator = m * (1 / correction1)
     if exp_avg_s is None:
-        return numerator
+        return m * rate
     v = load_moment(exp_avg_s, start, stop, grad.dtype, signed=False) * beta2 + grad * grad * (1 - beta2)
     store_moment_(exp_avg_s, start, v, noise, signed=False)
-    return numerator / ((v * (1 / correction2)).sqrt() + eps)
+    return m * rate / (v.sqrt() + least)
+
+
+def all_within(values: Tensor, limit: float) -> bool:
+    """Whether all values lie between -limit and limit, exclusive; NaN does not. No temporary of their size is made."""
+    if values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)
+    return bool((high < limit) & (low > -limit))
 
 
 def channel_second_moment_(exp_avg_s: Tensor, grad_rows: Tensor, *, beta2: float, grad_factor: float) -> None:

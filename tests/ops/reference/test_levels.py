@@ -6,9 +6,11 @@ from torch import Tensor
 
 from bitorch_engine.bits import bit_format, pack, unpack
 from bitorch_engine.ops import add_, dither_levels, level_rate, load_levels, store_levels_
-from bitorch_engine.ops.reference.levels import move_levels_
+from bitorch_engine.ops.reference.levels import move_levels_, step_noise
 
 WIDTHS = range(1, 9)
+
+CPU = torch.device("cpu")
 
 
 def planes(levels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def test_levels_are_read_and_written_at_any_multiple_of_eight(bits: int) -> None
 def test_a_whole_move_is_exact_and_clamped(bits: int, move: float) -> None:
     levels = torch.arange(256).to(torch.uint8)
     packed, residual = planes(levels, bits)
-    move_levels_(packed, residual, bits, start=0, move=torch.full((256,), move), key=1)
+    move_levels_(packed, residual, bits, start=0, move=torch.full((256,), move), noise=step_noise(1, 0, 256, CPU))
     expected = (torch.arange(256) + move).clamp(0, 255).to(torch.uint8)
     assert torch.equal(levels_of(packed, residual, bits, 256), expected)
 
@@ -53,7 +55,9 @@ def test_a_fraction_of_a_level_is_moved_on_average(move: float) -> None:
     levels = torch.full((count,), 128, dtype=torch.uint8)
     packed, residual = planes(levels, 3)
     for key in range(steps):
-        move_levels_(packed, residual, 3, start=0, move=torch.full((count,), move), key=key)
+        move_levels_(
+            packed, residual, 3, start=0, move=torch.full((count,), move), noise=step_noise(key, 0, count, CPU)
+        )
     moved = levels_of(packed, residual, 3, count).double() - 128
     part = abs(move) % 1
     error = (part * (1 - part) / count / steps) ** 0.5
@@ -64,9 +68,9 @@ def test_a_fraction_of_a_level_is_moved_on_average(move: float) -> None:
 def test_the_rounding_of_an_element_does_not_depend_on_the_slicing() -> None:
     move = torch.randn(800)
     whole, parts = planes(torch.full((800,), 100, dtype=torch.uint8), 4), planes(torch.full((800,), 100).byte(), 4)
-    move_levels_(*whole, 4, start=0, move=move, key=9)
+    move_levels_(*whole, 4, start=0, move=move, noise=step_noise(9, 0, move.numel(), CPU))
     for start, stop in ((0, 8), (8, 256), (256, 800)):
-        move_levels_(*parts, 4, start=start, move=move[start:stop], key=9)
+        move_levels_(*parts, 4, start=start, move=move[start:stop], noise=step_noise(9, start, stop - start, CPU))
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
 
 

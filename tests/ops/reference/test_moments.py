@@ -52,10 +52,8 @@ def spacing(values: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
     """No two neighbouring stored values around these lie farther apart."""
     if dtype != torch.uint8:
         return values.abs() * (2**-7 if dtype == torch.bfloat16 else 2**-10) + 2**-24
-    largest = values.abs().view(-1, BLOCK).amax(1).repeat_interleave(BLOCK)
-    top, power = (127, 2) if signed else (255, 4)
-    root = (values.abs() / largest) ** (1 / power)
-    return ((root + 1 / top) ** power - (root - 1 / top).clamp_min(0) ** power) * largest
+    unit = 2 * values.abs().view(-1, BLOCK).amax(1).repeat_interleave(BLOCK) / (247 if signed else 63487)
+    return (values.abs() + unit) * 2**-4
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["first", "second"])
@@ -66,6 +64,8 @@ def test_the_mean_of_what_is_stored_over_many_keys_is_the_value(dtype: torch.dty
     values = (values if signed else values.square()).double()
     seen = torch.stack([store_and_load(values.float(), dtype, noise_key(key), signed=signed) for key in range(keys)])
     gap = spacing(values, dtype, signed=signed)
+    kept = values.abs() >= gap if dtype == torch.uint8 and not signed else values == values  # the rest stays positive
+    seen, values, gap = seen[:, kept], values[kept], gap[kept]
     off = seen.mean(0) - values
     # five standard errors, and what a neighbour that is rarer than one in a hundred keys may contribute
     assert bool((off.abs() < 5 * seen.std(0) / keys**0.5 + 0.012 * gap).all())
@@ -81,12 +81,15 @@ def test_a_stored_value_is_one_of_the_two_neighbours(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
-def test_zero_and_the_largest_of_a_block_are_kept_exactly(dtype: torch.dtype) -> None:
+def test_zero_is_kept_exactly_and_what_has_few_bits_nearly(dtype: torch.dtype) -> None:
     values = torch.zeros(3 * BLOCK)
     values[5], values[2 * BLOCK] = -1.5, 0.75
+    tolerance = 2**-4 if dtype == torch.uint8 else 0
     for key in range(200):
-        assert torch.equal(store_and_load(values, dtype, noise_key(key), signed=True).float(), values)
-        assert torch.equal(store_and_load(values.abs(), dtype, noise_key(key), signed=False).float(), values.abs())
+        for signed, wanted in ((True, values), (False, values.abs())):
+            found = store_and_load(wanted, dtype, noise_key(key), signed=signed).float()
+            assert bool((found[wanted == 0] == 0).all())
+            assert bool(((found - wanted).abs() <= tolerance * wanted.abs()).all())
 
 
 def test_a_positive_second_moment_never_becomes_zero_in_8_bits() -> None:
