@@ -1,6 +1,7 @@
 #include "runtime/table.h"
 
 #include "bits/bits.h"
+#include "grad_weight/grad_weight.h"
 #include "gradient/gradient.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
@@ -17,6 +18,7 @@ const Row kernels[] = {
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),
+    interleave_kernel.row(),
     largest_by_column_kernel.row(),
     largest_kernel.row(),
     round_kernel.row(),

@@ -7,7 +7,7 @@ reference what its kernel does not do.
 from collections.abc import Callable
 from typing import Any
 
-from bitorch_engine.ops.cpu import bits, conv, linear, quantize, update
+from bitorch_engine.ops.cpu import bits, conv, grad_weight, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
 
@@ -24,6 +24,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "activation_values": quantize.activation_values,
     "activation_grads": quantize.activation_grads,
     "quantize_gradient": quantize.quantize_gradient,
+    "conv_grad_weight": grad_weight.conv_grad_weight,
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,

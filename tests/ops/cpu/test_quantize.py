@@ -1,4 +1,4 @@
-"""Quantized activations and gradients, and what goes with them: every instruction set gives what the reference gives."""
+"""Quantized activations and gradients: every instruction set gives what the reference gives."""
 
 from typing import Any
 
