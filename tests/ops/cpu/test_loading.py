@@ -23,10 +23,14 @@ print(cpu.current_isa() if cpu.available_isas() else "none", layer(torch.ones(2,
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process, away from the source tree: the environment is read when the library loads."""
+    """A fresh process, away from the source tree: the environment is read when the library loads.
+
+    Without ``site`` no editable installation puts itself before PYTHONPATH.
+    """
     ours = {name: value for name, value in os.environ.items() if not name.startswith("BITORCH_ENGINE_")}
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-W", "error", "-c", code]
+    more["PYTHONPATH"] += os.pathsep + str(Path(torch.__file__).parents[1])
+    command = [sys.executable, "-S", "-W", "error", "-c", code]
     return subprocess.run(command, env=ours | more, cwd=Path(__file__).parent, capture_output=True, text=True)
 
 
