@@ -1,5 +1,6 @@
 #include "runtime/table.h"
 
+#include "binary/binary.h"
 #include "bits/bits.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
@@ -16,6 +17,9 @@ const Row kernels[] = {
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),
+    binary::multiply_kernel.row(),
+    binary::sign_kernel.row(),
+    binary::arrange_kernel.row(),
     update_kernel.row(),
     mean_square_kernel.row(),
     within_kernel.row(),
