@@ -50,6 +50,9 @@ struct Epilogue {
 using FinishFunction = void (*)(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& epilogue,
                                 void* const* out, int64_t channel_stride);
 
+// Rows of [channel][tap] bytes to rows of [tap][channel].
+using SplitFunction = void (*)(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
+
 #define BE_QCONV(isa)                                                                                       \
   void multiply_##isa(const Tile& tile);                                                                    \
   void decode_##isa(const uint8_t* packed, int64_t count, int bits, int8_t* codes);                         \
@@ -60,9 +63,12 @@ BE_QCONV(avx2)
 BE_QCONV(avx512)
 #undef BE_QCONV
 void multiply_amx(const Tile& tile);
+void split_scalar(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
+void split_avx512(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
 
 extern const Kernel<MultiplyFunction> multiply_kernel;
 extern const Kernel<DecodeFunction> decode_kernel;
 extern const Kernel<FinishFunction> finish_kernel;
+extern const Kernel<SplitFunction> split_kernel;
 
 }  // namespace bitorch_engine

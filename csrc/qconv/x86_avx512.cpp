@@ -216,4 +216,29 @@ void finish_avx512(const int32_t* totals, int64_t count, int64_t channels, const
   }
 }
 
+// 64 channels are `taps` vectors. Byte c of a tap lies in vector (c * taps + tap) / 64: one masked permutation each.
+void split_avx512(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out) {
+  constexpr int64_t MOST = 32;
+  if (taps > MOST || channels < 16) return split_scalar(rows, count, channels, taps, out);
+  uint64_t within[MOST][MOST] = {};
+  alignas(64) uint8_t first_lane[64];
+  for (int64_t c = 0; c < 64; ++c) first_lane[c] = static_cast<uint8_t>(c * taps % 64);
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t c = 0; c < 64; ++c) within[t][(c * taps + t) / 64] |= uint64_t{1} << c;
+  const auto lanes = [](int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; };
+  for (int64_t row = 0; row < count; ++row, rows += channels * taps, out += channels * taps)
+    for (int64_t c = 0; c < channels; c += 64) {
+      __m512i from[MOST];
+      const int64_t left = channels - c, vectors = left < 64 ? (left * taps + 63) / 64 : taps;
+      for (int64_t v = 0; v < vectors; ++v)
+        from[v] = _mm512_maskz_loadu_epi8(lanes(left * taps - 64 * v), rows + c * taps + 64 * v);
+      for (int64_t t = 0; t < taps; ++t) {
+        const __m512i lane = _mm512_add_epi8(_mm512_load_si512(first_lane), _mm512_set1_epi8(static_cast<char>(t)));
+        __m512i to = _mm512_setzero_si512();
+        for (int64_t v = 0; v < vectors; ++v) to = _mm512_mask_permutexvar_epi8(to, within[t][v], lane, from[v]);
+        _mm512_mask_storeu_epi8(out + t * channels + c, lanes(left), to);
+      }
+    }
+}
+
 }  // namespace bitorch_engine

@@ -19,6 +19,7 @@ const Row kernels[] = {
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),
+    split_kernel.row(),
     interleave_kernel.row(),
     largest_by_column_kernel.row(),
     largest_kernel.row(),
