@@ -24,7 +24,8 @@ print(cpu.current_isa() if cpu.available_isas() else "none", layer(torch.ones(2,
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh process, away from the source tree: the environment is read when the library loads."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("BITORCH_ENGINE_")}
+    ruled = ("BITORCH_ENGINE_BACKEND", "BITORCH_ENGINE_CPU")
+    ours = {name: value for name, value in os.environ.items() if name not in ruled}
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-W", "error", "-c", code]
     return subprocess.run(command, env=ours | more, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -83,11 +84,12 @@ def test_without_the_library_everything_runs_in_plain_pytorch(tmp_path: Path) ->
     # `pip install -e` puts an import hook before PYTHONPATH.
     hooks = "import sys; sys.meta_path = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
     code = hooks + LAYER + "print(cpu.why_not_loaded(), cpu.kernels())"
-    done = run(code, PYTHONPATH=str(tmp_path))
+    away = {"PYTHONPATH": str(tmp_path), "BITORCH_ENGINE_LIBRARY": ""}
+    done = run(code, **away)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("none ")
     assert "a C++17 compiler is needed" in done.stdout
-    refused = run(hooks + "import bitorch_engine", PYTHONPATH=str(tmp_path), BITORCH_ENGINE_BACKEND="cpu")
+    refused = run(hooks + "import bitorch_engine", **away, BITORCH_ENGINE_BACKEND="cpu")
     assert "BITORCH_ENGINE_BACKEND=cpu, but the CPU kernels are not there: " in refused.stderr
 
 
