@@ -54,24 +54,25 @@ struct Pixels {
     int64_t y = rest % c[1];
     rest /= c[1];
     int64_t z = rest % c[0], sample = rest / c[0];
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t base[3] = {z * s[0] + p.before[0], y * s[1] + p.before[1], x * s[2] + p.before[2]};
-      bases[i] = (((sample * p.padded[0] + base[0]) * p.padded[1] + base[1]) * p.padded[2] + base[2]) * p.pixel_bytes();
-      const int64_t place[3] = {phase.first[0] + z * p.result_step[0], phase.first[1] + y * p.result_step[1],
-                                phase.first[2] + x * p.result_step[2]};
-      places[i] = sample * call.out_sample + place[0] * call.out_step[0] + place[1] * call.out_step[1] +
-                  place[2] * call.out_step[2];
-      samples[i] = sample;
-      if (++x == c[2]) {
-        x = 0;
-        if (++y == c[1]) {
-          y = 0;
-          if (++z == c[0]) {
-            z = 0;
-            ++sample;
-          }
-        }
+    const int64_t step = s[2] * p.pixel_bytes(), out_step = p.result_step[2] * call.out_step[2];
+    for (int64_t i = 0; i < n;) {
+      const int64_t line = (sample * p.padded[0] + z * s[0] + p.before[0]) * p.padded[1] + y * s[1] + p.before[1];
+      int64_t base = (line * p.padded[2] + x * s[2] + p.before[2]) * p.pixel_bytes();
+      int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
+                      (phase.first[1] + y * p.result_step[1]) * call.out_step[1] +
+                      (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
+      const int64_t end = std::min(n, i + c[2] - x);
+      for (; i < end; ++i, base += step, place += out_step) {
+        bases[i] = base;
+        places[i] = place;
+        samples[i] = sample;
       }
+      x = 0;
+      if (++y < c[1]) continue;
+      y = 0;
+      if (++z < c[0]) continue;
+      z = 0;
+      ++sample;
     }
   }
 };

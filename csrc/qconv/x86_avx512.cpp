@@ -66,11 +66,14 @@ __m256i bfloat16_of(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
 }
 
+// rint(value) + zero, not yet within 0 .. 255. NaN becomes the least of all.
+__m512i whole(__m512 value, __m512i zero) {
+  return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(1e6f), value)), zero);
+}
+
 __m128i bytes_of(__m512 value, const Epilogue& e) {
-  const __m512 low = _mm512_max_ps(_mm512_roundscale_ps(value, 0), _mm512_set1_ps(-1e6f));
-  const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(low, _mm512_set1_ps(1e6f)));
-  const __m512i byte = _mm512_add_epi32(rounded, _mm512_set1_epi32(e.zero));
-  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(byte, _mm512_setzero_si512()));
+  const __m512i rounded = whole(value, _mm512_set1_epi32(e.zero));
+  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(rounded, _mm512_setzero_si512()));
 }
 
 __mmask16 first_lanes(int64_t count) { return count < 16 ? static_cast<__mmask16>((1 << count) - 1) : 0xffff; }
@@ -84,6 +87,44 @@ void store(__m512 value, const Epilogue& e, void* out, int64_t o, __mmask16 mask
   else
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + o, mask,
                              e.dtype == BFLOAT16 ? bfloat16_of(value) : _mm512_cvtps_ph(value, 0));
+}
+
+// Rows of up to NV blocks of 16 channels, where channels are last: what is the same in every row stays in registers.
+template <int NV>
+void finish_rows(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out) {
+  __m512i zero[NV];
+  __m512 factor[NV], added[NV];
+  const __mmask16 last = first_lanes(channels - 16 * (NV - 1));
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const __mmask16 mask = j == NV - 1 ? last : 0xffff;
+    zero[j] = _mm512_maskz_loadu_epi32(mask, e.zero_sum + 16 * j);
+    factor[j] = _mm512_maskz_loadu_ps(mask, e.factor + 16 * j);
+    added[j] = _mm512_set1_ps(e.poison);
+    if (e.bias) added[j] = _mm512_add_ps(added[j], _mm512_maskz_loadu_ps(mask, e.bias + 16 * j));
+  }
+  const bool four = NV == 4 && last == 0xffff && e.bytes;
+  const __m512i byte_zero = _mm512_set1_epi32(e.zero);
+  for (int64_t i = 0; i < count; ++i) {
+    const __m512 sample = _mm512_set1_ps(e.sample_factor ? e.sample_factor[i] : 1.0f);
+    __m512 value[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + i * COLUMNS + 16 * j), zero[j]);
+      value[j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), factor[j]), sample);
+      value[j] = _mm512_add_ps(value[j], added[j]);
+    }
+    if (four) {
+      // Narrowing with saturation takes groups of four by turns from both operands.
+      const __m512i low = _mm512_packs_epi32(whole(value[0], byte_zero), whole(value[1 % NV], byte_zero));
+      const __m512i high = _mm512_packs_epi32(whole(value[2 % NV], byte_zero), whole(value[3 % NV], byte_zero));
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      _mm512_storeu_si512(out[i], _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(value[j], e, out[i], 16 * j, j == NV - 1 ? last : 0xffff);
+  }
 }
 
 // 16 rows of 16 to 16 columns of 16, in four rounds of interleaving.
@@ -149,12 +190,9 @@ void finish_avx512(const int32_t* totals, int64_t count, int64_t channels, const
                    int64_t channel_stride) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
   if (channel_stride == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t o = 0; o < channels; o += 16) {
-        const __mmask16 mask = first_lanes(channels - o);
-        store(value_of(totals, e, i, o, mask), e, out[i], o, mask);
-      }
-    return;
+    using Rows = void (*)(const int32_t*, int64_t, int64_t, const Epilogue&, void* const*);
+    constexpr Rows ROWS_OF[4] = {finish_rows<1>, finish_rows<2>, finish_rows<3>, finish_rows<4>};
+    return ROWS_OF[(channels - 1) / 16](totals, count, channels, e, out);
   }
   for (int64_t o = 0; o < channels; o += 16) {
     const int64_t some = channels - o < 16 ? channels - o : 16;

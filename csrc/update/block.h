@@ -157,7 +157,7 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
 // not cover five streams.
 template <class S, MomentKind first_kind, MomentKind second_kind>
 static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t block, int i) {
-  constexpr int64_t ahead = 4;
+  constexpr int64_t ahead = 16;
   if (i % 16 != 0) return;
   const auto line = [=](const void* base, int64_t bytes) {  // of a block; four calls for half of it each cover it
     const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>((block + ahead) * bytes);
@@ -205,7 +205,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
     const I key = S::ints(static_cast<int32_t>(rule.key ^ (above ? hash_word(above) : 0)));
     I index = S::add(S::ints(static_cast<int32_t>(start)), S::lanes());
     const auto step = [&](int i, I noise) __attribute__((always_inline)) {
-      S::store_int(noises + i, noise);
+      if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) S::store_int(noises + i, noise);
       const F g = S::load(grad + i);
       F move = g;
       if constexpr (first_kind != NONE) {
@@ -228,7 +228,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
       const I noise = hash<S>(S::xor_(index, key));
       index = S::add(index, S::ints(S::width));
       step(i, noise);
-      step(i + BLOCK / 2, S::mul(noise, S::ints(static_cast<int32_t>(0x915F77F5u))));
+      step(i + BLOCK / 2, S::mul(noise, S::ints(static_cast<int32_t>(0xAD166959u))));
     }
     if constexpr (first_kind != NONE) first.finish(noises);
     if constexpr (second_kind != NONE) second.finish(noises);

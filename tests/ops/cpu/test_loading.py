@@ -23,11 +23,18 @@ print(cpu.current_isa() if cpu.available_isas() else "none", layer(torch.ones(2,
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process, away from the source tree: the environment is read when the library loads."""
-    ruled = ("BITORCH_ENGINE_BACKEND", "BITORCH_ENGINE_CPU")
+    """A fresh process, away from the source tree: the environment is read when the library loads.
+
+    Without ``site`` no editable installation puts itself before PYTHONPATH.
+    """
+    ruled = (
+        "BITORCH_ENGINE_BACKEND",
+        "BITORCH_ENGINE_CPU",
+    )  # not BITORCH_ENGINE_LIBRARY: `make sanitize` names its own
     ours = {name: value for name, value in os.environ.items() if name not in ruled}
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-W", "error", "-c", code]
+    more["PYTHONPATH"] += os.pathsep + str(Path(torch.__file__).parents[1])
+    command = [sys.executable, "-S", "-W", "error", "-c", code]
     return subprocess.run(command, env=ours | more, cwd=Path(__file__).parent, capture_output=True, text=True)
 
 
@@ -81,15 +88,14 @@ def test_without_the_library_everything_runs_in_plain_pytorch(tmp_path: Path) ->
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    # `pip install -e` puts an import hook before PYTHONPATH.
-    hooks = "import sys; sys.meta_path = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
-    code = hooks + LAYER + "print(cpu.why_not_loaded(), cpu.kernels())"
-    away = {"PYTHONPATH": str(tmp_path), "BITORCH_ENGINE_LIBRARY": ""}
-    done = run(code, **away)
+    code = LAYER + "print(cpu.why_not_loaded(), cpu.kernels())"
+    done = run(code, PYTHONPATH=str(tmp_path), BITORCH_ENGINE_LIBRARY="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("none ")
     assert "a C++17 compiler is needed" in done.stdout
-    refused = run(hooks + "import bitorch_engine", **away, BITORCH_ENGINE_BACKEND="cpu")
+    refused = run(
+        "import bitorch_engine", PYTHONPATH=str(tmp_path), BITORCH_ENGINE_LIBRARY="", BITORCH_ENGINE_BACKEND="cpu"
+    )
     assert "BITORCH_ENGINE_BACKEND=cpu, but the CPU kernels are not there: " in refused.stderr
 
 
