@@ -62,5 +62,7 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install -qq --no-deps $(TORCH) $(TORCH_INDEX)
 	@echo "Installing bitorch_engine and its tools"
 	@$(BIN)/python -m pip install -qq -Cwheel.cmake=false -e '.[dev]'
+	@# The source tree is found by its path alone. The import hook that comes with it would hide a tree named by PYTHONPATH.
+	@sed -i.hook '/^import _editable_skbc/d' .venv/lib/python3*/site-packages/_editable_skbc_*.pth
 	@mkdir -p build
 	@touch $@
