@@ -2,6 +2,7 @@
 
 // gcc 12 warns of the undefined operands that its own intrinsics pass on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include "update/block.h"
 
