@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks import learning, memory
+from benchmarks import kernels, learning, memory
 from benchmarks.machine import RESULTS, facts
 from benchmarks.runs import PARTIAL, Measurement, measure
 
@@ -25,6 +25,7 @@ def main(context: click.Context) -> None:
         context.invoke(run_learning, tuning=True)
         context.invoke(run_learning)
         context.invoke(run_memory)
+        context.invoke(run_kernels)
 
 
 @main.command("learning")
@@ -69,6 +70,23 @@ def run_memory(jobs: int = 2, quick: bool = False, only: str = "*") -> None:
     write_tables()
 
 
+@main.command("kernels")
+@click.option("--quick", is_flag=True, help="Fewer rounds and one thread only; prints, and writes nothing.")
+@click.option("--only", default="*", help="Only settings whose name fits; others stay as they are in results/.")
+def run_kernels(quick: bool = False, only: str = "*") -> None:
+    """Speed of kernels, layers and a whole network against the best peers."""
+    names = [name for name in kernels.SETTINGS if fnmatch(name, only)][: 1 if quick else None]
+    record = kernels.measure_settings(names, quick=quick)
+    if quick:
+        Console().print(Markdown(kernels.report(record)))
+        return
+    former = read("kernels") or {"settings": {}}
+    known = former["settings"] | record["settings"]
+    record["settings"] = {name: known[name] for name in kernels.SETTINGS if name in known}
+    (RESULTS / "kernels.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_tables()
+
+
 @main.command("tables")
 def run_tables() -> None:
     """Write and show results/*.md anew, from the measurements in results/*.json."""
@@ -82,6 +100,8 @@ def write_tables() -> None:
         texts["learning"] = learning.report(record, read("tuning"))
     if (record := read("memory")) is not None:
         texts["memory"] = memory.report(record)
+    if (record := read("kernels")) is not None:
+        texts["kernels"] = kernels.report(record)
     for name, text in texts.items():
         (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
         Console().print(Markdown(text))

@@ -14,7 +14,7 @@ from bitorch_engine.cli.info import collect
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = ("bits", "ops", "quantizers", "parameters", "layers", "optim", "convert")
-"""Folders of the library that decide the numbers."""
+"""Folders of the library that decide the numbers, with csrc/."""
 
 
 def facts() -> dict[str, Any]:
@@ -34,8 +34,9 @@ def facts() -> dict[str, Any]:
 def library_fingerprint() -> str:
     """Eight digits that change where a source file that decides the numbers does."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((ROOT / "bitorch_engine" / folder).rglob("*.py")):
+    folders = [*(ROOT / "bitorch_engine" / folder for folder in SOURCES), ROOT / "csrc"]
+    for path in [path for folder in folders for path in sorted(folder.rglob("*.*"))]:
+        if path.suffix in (".py", ".cpp", ".h"):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -13,7 +13,8 @@ COMMANDS = {
     "train": ("bitorch_engine.cli.train", "Train a network whose weights are stored in a few bits."),
     "eval": ("bitorch_engine.cli.evaluate", "Measure the accuracy of a trained model."),
     "inspect": ("bitorch_engine.cli.inspect", "Show what a model file holds, layer by layer."),
-    "info": ("bitorch_engine.cli.info", "Show versions, devices and backends."),
+    "info": ("bitorch_engine.cli.info", "Show versions, devices, and the kernels in use."),
+    "bench": ("bitorch_engine.cli.bench", "Time the kernels on this computer against torch's."),
 }
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -11,19 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from bitorch_engine import __version__
+from bitorch_engine.ops import cpu
+from bitorch_engine.ops.library import defined, wanted_backend
 
 
 @click.command("info")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 def command(as_json: bool) -> None:
-    """Show versions, devices and backends."""
-    facts = collect()
+    """Show versions, devices, and for each kernel the instruction set in use and why."""
+    facts = collect() | kernel_facts()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+        table.add_row(name, _text(value))
     Console().print(table)
 
 
@@ -39,8 +42,50 @@ def collect() -> dict[str, str | int | list[str]]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])],
-        "backends": ["reference"],
+        "backends": ["reference", *(["cpu"] if _in_use() else [])],
     }
+
+
+def kernel_facts() -> dict[str, Any]:
+    """What computes the ops on a CPU, and why.
+
+    "instruction set": the best one in use, with the reason.  "kernels": of each, the one in use, with those that it is
+    written for.  "ops": of each, "kernels" or "plain PyTorch".
+    """
+    in_use = _in_use()
+    return {
+        "instruction set": _instruction_set(),
+        "kernels": {name: _used(isas) for name, isas in cpu.kernels().items()} if in_use else {},
+        "ops": {op: "kernels" if in_use and op in cpu.IMPLEMENTATIONS else "plain PyTorch" for op in defined()},
+    }
+
+
+def _in_use() -> bool:
+    return not cpu.why_not_loaded() and wanted_backend() != "reference"
+
+
+def _instruction_set() -> str:
+    if reason := cpu.why_not_loaded():
+        return f"none, everything runs in plain PyTorch: {reason}"
+    if not _in_use():
+        return "none, everything runs in plain PyTorch: BITORCH_ENGINE_BACKEND=reference"
+    current, best = cpu.current_isa(), cpu.available_isas()[-1]
+    if current == best:
+        return f"{current}, the best that this processor has and the kernels know"
+    return f"{current}, capped by BITORCH_ENGINE_CPU; without it {best}"
+
+
+def _used(isas: list[str]) -> str:
+    """ "avx2 of scalar, avx2, avx512": the best of those that are there, known to the processor, and below the cap."""
+    known = cpu.available_isas()
+    allowed = known[: known.index(cpu.current_isa()) + 1]
+    return f"{[isa for isa in allowed if isa in isas][-1]} of {', '.join(isas)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {what}" for name, what in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _processor() -> str:

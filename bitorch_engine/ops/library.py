@@ -12,6 +12,14 @@ NAMESPACE = "bitorch_engine"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
+_defined: list[str] = []
+
+
+def defined() -> list[str]:
+    """Names of all ops, in their order."""
+    return list(_defined)
+
+
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> Any:
     """Define an op and return it.
 
@@ -20,6 +28,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] 
     fake: gives outputs of the right shape, dtype and strides from inputs without data; None where nothing is returned.
     """
     name = schema.partition("(")[0]
+    _defined.append(name)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake or (lambda *args, **kwargs: None), lib=_LIBRARY)

@@ -153,7 +153,8 @@ class PackedParameter(nn.Parameter):
 
     def dequantize(self) -> Tensor:
         """The weight that forward sees, code * scale: the logical shape and dtype, a new tensor."""
-        return self.from_rows((self._row_codes() * self.channel_scale[:, None]).to(self.dtype))
+        _, columns = self._rows_shape()
+        return self.from_rows(ops.dequantize(self.packed, self.channel_scale, self.w_bit, columns, self.dtype))
 
     def numpy(self, *, force: bool = False) -> Any:
         """The dequantized weight as a NumPy array, a copy. As for any tensor, only without gradient (or ``force``)."""
@@ -329,7 +330,7 @@ class PackedParameter(nn.Parameter):
                 self.residual.copy_(_pack_residual(ops.dither_levels(index, form, 0), form))
         else:
             self._add_(rows - self.level_values())
-        torch.autograd.graph.increment_version(self)
+        self.count_version_()
 
     def on_grid(self, rows: Tensor) -> Tensor | None:
         """The indices, uint8 1-D, of (R, K) floats that are all values of codes; None where one is not.
@@ -347,6 +348,13 @@ class PackedParameter(nn.Parameter):
         residual = self.require_residual_()
         levels = ops.load_levels(self.packed, residual, self.format, 0, self.numel()).view(self._rows_shape())
         return from_levels(levels, self.channel_scale, self.format)
+
+    def count_version_(self) -> None:
+        """Tell that the codes were written. Below autograd, where this happens, nobody else counts the packed tensor's
+        versions, by which kernels know whether the weight that they have arranged is still this one."""
+        for tensor in (self, self.packed):
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
     def _add_(self, delta: Tensor) -> None:
         """Add (R, K) floats to the weight, rounded stochastically."""
@@ -370,7 +378,7 @@ class PackedParameter(nn.Parameter):
             else:
                 setattr(self, name, None if value is None else value.to(self.device, copy=True))
         self.noise_seed, self.noise_step, self.grad_exponent = other.noise_seed, other.noise_step, other.grad_exponent
-        torch.autograd.graph.increment_version(self)
+        self.count_version_()
         return self
 
     @property

@@ -24,3 +24,5 @@ extern const Kernel<PackFunction> pack_kernel;
 extern const Kernel<UnpackFunction> unpack_kernel;
 
 }  // namespace bitorch_engine
+
+BE_EXPORT void be_pack(const uint8_t* values, uint8_t* packed, int64_t count, int bits, int threads);

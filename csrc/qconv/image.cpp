@@ -31,7 +31,7 @@ Image::Image(const Product& p, SourceKind kind, const void* x, Dtype dtype, int6
   largest_ = kind == SourceKind::GRADIENT ? 255 : bits == 1 ? 2 : (1 << bits) - 1;
   // Tiles read whole vectors: a little more than the last pixel.
   const int64_t size = p.batch * p.padded_pixels() * pitch;
-  bytes_.reset(new uint8_t[size + 64]);
+  bytes_ = new_buffer<uint8_t>(size + 64);
   std::memset(bytes_.get() + size, 0, 64);
   const bool dense = p.image_depth == p.image_channels;
   std::atomic<bool> odd{false};

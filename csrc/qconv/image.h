@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "qconv/product.h"
 #include "quantize/quantize.h"
+#include "runtime/buffer.h"
 
 namespace bitorch_engine {
 
@@ -25,7 +25,7 @@ class Image {
   bool odd() const { return odd_; }         // whether a float was not finite
 
  private:
-  std::unique_ptr<uint8_t[]> bytes_;
+  Buffer<uint8_t> bytes_;
   int zero_;
   int64_t largest_;
   bool odd_ = false;

@@ -23,7 +23,7 @@ std::vector<Line> lines(int64_t kernel, int64_t stride, int64_t dilation, int64_
   std::vector<Line> all;
   for (int64_t first = 0; first < std::min(stride, results); ++first) {
     Line line{{}, first, (results - first + stride - 1) / stride};
-    for (int64_t k = 0; k < kernel; ++k) {
+    for (int64_t k = kernel - 1; k >= 0; --k) {  // so that shifts rise, as above
       const int64_t reach = first + pad - k * dilation;
       if (reach % stride == 0) line.taps.push_back({k, reach / stride});
     }

@@ -9,6 +9,7 @@
 
 #include "qconv/image.h"
 #include "qconv/product.h"
+#include "runtime/buffer.h"
 #include "runtime/parallel.h"
 
 namespace bitorch_engine {
@@ -32,8 +33,7 @@ struct Call {
   const uint8_t* weights;  // arranged: packed, or codes where bits is 8
   int bits;
   bool wide;
-  const int32_t* zero_sums;  // (phases, groups * blocks * 16)
-  Epilogue epilogue;         // with pointers to the first result channel, and to the first sample's factor
+  Epilogue epilogue;  // pointers to the first of all: zero_sum is (phases, groups * blocks * 16)
   uint8_t* out;
   int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
   int64_t element_bytes;
@@ -54,27 +54,88 @@ struct Pixels {
     int64_t y = rest % c[1];
     rest /= c[1];
     int64_t z = rest % c[0], sample = rest / c[0];
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t base[3] = {z * s[0] + p.before[0], y * s[1] + p.before[1], x * s[2] + p.before[2]};
-      bases[i] = (((sample * p.padded[0] + base[0]) * p.padded[1] + base[1]) * p.padded[2] + base[2]) * p.pixel_bytes();
-      const int64_t place[3] = {phase.first[0] + z * p.result_step[0], phase.first[1] + y * p.result_step[1],
-                                phase.first[2] + x * p.result_step[2]};
-      places[i] = sample * call.out_sample + place[0] * call.out_step[0] + place[1] * call.out_step[1] +
-                  place[2] * call.out_step[2];
-      samples[i] = sample;
-      if (++x == c[2]) {
-        x = 0;
-        if (++y == c[1]) {
-          y = 0;
-          if (++z == c[0]) {
-            z = 0;
-            ++sample;
-          }
-        }
+    const int64_t step = s[2] * p.pixel_bytes(), out_step = p.result_step[2] * call.out_step[2];
+    for (int64_t i = 0; i < n;) {
+      const int64_t line = (sample * p.padded[0] + z * s[0] + p.before[0]) * p.padded[1] + y * s[1] + p.before[1];
+      int64_t base = (line * p.padded[2] + x * s[2] + p.before[2]) * p.pixel_bytes();
+      int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
+                      (phase.first[1] + y * p.result_step[1]) * call.out_step[1] +
+                      (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
+      const int64_t end = std::min(n, i + c[2] - x);
+      for (; i < end; ++i, base += step, place += out_step) {
+        bases[i] = base;
+        places[i] = place;
+        samples[i] = sample;
       }
+      x = 0;
+      if (++y < c[1]) continue;
+      y = 0;
+      if (++z < c[0]) continue;
+      z = 0;
+      ++sample;
     }
   }
 };
+
+// What the pixels of a phase read, as the multiply kernels take it.
+struct Reads {
+  std::unique_ptr<int64_t[]> offsets;  // of the taps, in bytes from the base
+  int64_t taps, depth;                 // taps that follow each other in memory are taken as one of so much depth
+
+  Reads(const Product& p, const Phase& phase)
+      : offsets(new int64_t[phase.taps.size() + 1]), taps(static_cast<int64_t>(phase.taps.size())), depth(p.image_depth) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t* shift = phase.taps[t].shift;
+      offsets[t] = ((shift[0] * p.padded[1] + shift[1]) * p.padded[2] + shift[2]) * p.pixel_bytes();
+    }
+    const auto follows = [&](int64_t t) { return offsets[t] == offsets[t - 1] + p.image_depth; };
+    int64_t run = 1;
+    while (run < taps && follows(run)) ++run;
+    bool same = taps % std::max<int64_t>(run, 1) == 0;
+    for (int64_t t = run; t < taps && same; ++t) same = t % run == 0 || follows(t);
+    if (!same || taps == 0) return;
+    taps /= run;
+    depth *= run;
+    for (int64_t t = 0; t < taps; ++t) offsets[t] = offsets[t * run];
+  }
+};
+
+// How the matrix unit reads pixels: 64 bytes each of up to 16 that are equally far apart. A tile of fewer rows takes
+// almost as much less time: a line of pixels is cut into equal runs. Where lines are so short that most of a tile would
+// be empty, or the depth is not whole, the bytes that a pixel reads are gathered into one row first.
+struct Runs {
+  static constexpr int64_t LONGEST = 16, SHORTEST = 11;
+  bool used, gather;
+  int64_t longest, step;
+
+  Runs(const Product& p, const Phase& phase, const Reads& reads) : used(current_isa() == AMX) {
+    const int64_t* c = phase.count;
+    step = p.base_step[2] * p.pixel_bytes();
+    const bool seamless = c[2] * p.base_step[2] == p.padded[2] * p.base_step[1];
+    const int64_t line = seamless ? c[2] * c[1] : c[2];
+    longest = (line + (line + LONGEST - 1) / LONGEST - 1) / ((line + LONGEST - 1) / LONGEST);
+    if (seamless && longest < LONGEST) longest = LONGEST;
+    gather = used && (reads.depth % DEPTH != 0 || longest < SHORTEST);
+    if (!used || gather) longest = LONGEST;
+  }
+
+  // Pixels handled at a time: pairs of runs.
+  int64_t rows() const { return ROWS / (2 * longest) * (2 * longest); }
+
+  int64_t cut(const int64_t* bases, int64_t count, uint8_t* lengths) const {
+    int64_t runs = 0;
+    for (int64_t i = 0, n; i < count; i += n) {
+      for (n = 1; n < longest && i + n < count && (gather || bases[i + n] - bases[i + n - 1] == step);) ++n;
+      lengths[runs++] = static_cast<uint8_t>(n);
+    }
+    return runs;
+  }
+};
+
+// The bytes that one pixel reads, in a row.
+void gather(const uint8_t* base, const Reads& reads, uint8_t* row) {
+  for (int64_t t = 0; t < reads.taps; ++t, row += reads.depth) std::memcpy(row, base + reads.offsets[t], reads.depth);
+}
 
 // One thread's share: result pixels first_pixel .. last_pixel, blocks first_block .. last_block of one group and phase.
 void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t first_pixel, int64_t last_pixel,
@@ -85,29 +146,20 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
   const auto multiply = multiply_kernel.pick();
   const auto decode = decode_kernel.pick();
   const auto finish = finish_kernel.pick();
-  const int64_t taps = static_cast<int64_t>(phase.taps.size());
   const int64_t block_bytes = phase.depth * BLOCK;
-
-  // Tiles of the matrix unit read 64 bytes of 16 pixels at equal distances. Where channels or positions do not allow
-  // that, the bytes that a pixel reads are gathered into one row first, and a row is one tap.
-  const bool tiles = current_isa() == AMX;
-  const bool aligned = p.image_depth % DEPTH == 0;
-  const std::unique_ptr<int64_t[]> offsets(new int64_t[std::max<int64_t>(taps, 1)]);
-  for (int64_t t = 0; t < taps; ++t) {
-    const int64_t* shift = phase.taps[t].shift;
-    offsets[t] = ((shift[0] * p.padded[1] + shift[1]) * p.padded[2] + shift[2]) * p.pixel_bytes();
-  }
+  const Reads reads(p, phase);
+  const Runs runs(p, phase, reads);
   const int64_t one_tap = 0;
 
-  const int64_t panel_blocks = std::max<int64_t>(COLUMNS / BLOCK, PANEL_BYTES / std::max<int64_t>(block_bytes, 1) &
-                                                                      ~(COLUMNS / BLOCK - 1));
+  constexpr int64_t STEP = COLUMNS / BLOCK;
+  const int64_t panel_blocks = std::max(STEP, PANEL_BYTES / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1));
   const bool packed = call.bits != 8;
-  const std::unique_ptr<int8_t[]> panel(
-      packed ? new int8_t[std::min(panel_blocks, last_block - first_block) * block_bytes] : nullptr);
-  const std::unique_ptr<uint8_t[]> gathered(tiles ? new uint8_t[ROWS * phase.depth] : nullptr);
+  const auto panel = new_buffer<int8_t>(packed ? std::min(panel_blocks, last_block - first_block) * block_bytes : 0);
+  const auto gathered = new_buffer<uint8_t>(runs.gather ? ROWS * phase.depth : 0);
   alignas(64) int32_t totals[ROWS * COLUMNS];
   int64_t bases[ROWS], places[ROWS], samples[ROWS];
   const uint8_t* rows[ROWS];
+  uint8_t lengths[ROWS];
   void* out[ROWS];
   float sample_factor[ROWS];
   const uint8_t* image = call.image + group * p.image_depth;
@@ -120,42 +172,35 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
       decode(call.weights + start / 8 * call.bits, (b1 - b0) * block_bytes, call.bits, panel.get());
       weights = panel.get();
     }
-    for (int64_t first = first_pixel; first < last_pixel; first += ROWS) {
-      const int64_t count = std::min(ROWS, last_pixel - first);
+    for (int64_t first = first_pixel; first < last_pixel; first += runs.rows()) {
+      const int64_t count = std::min(runs.rows(), last_pixel - first);
       pixels.locate(first, count, bases, places, samples);
       for (int64_t i = 0; i < count; ++i) rows[i] = image + bases[i];
-      Tile tile{rows, count, offsets.get(), taps, p.image_depth, nullptr, block_bytes, 0, totals, call.wide};
-      if (tiles) {
-        bool regular = aligned;
-        for (int64_t i = 0; i < count; i += 16)
-          for (int64_t j = i + 2; j < std::min(i + 16, count); ++j)
-            regular &= bases[j] - bases[j - 1] == bases[i + 1] - bases[i];
-        if (!regular) {
-          for (int64_t i = 0; i < count; ++i) {
-            uint8_t* row = gathered.get() + i * phase.depth;
-            for (int64_t t = 0; t < taps; ++t) std::memcpy(row + t * p.image_depth, rows[i] + offsets[t], p.image_depth);
-            std::memset(row + taps * p.image_depth, 0, phase.depth - taps * p.image_depth);
-          }
-          for (int64_t i = 0; i < count; ++i) rows[i] = gathered.get() + i * phase.depth;
-          tile.offsets = &one_tap;
-          tile.taps = 1;
-          tile.tap_depth = phase.depth;
+      Tile tile{rows, count, reads.offsets.get(), reads.taps, reads.depth, nullptr, block_bytes, 0, totals,
+                lengths, runs.used ? runs.cut(bases, count, lengths) : 0, call.wide};
+      if (runs.gather) {
+        for (int64_t i = 0; i < count; ++i) {
+          uint8_t* row = gathered.get() + i * phase.depth;
+          gather(rows[i], reads, row);
+          std::memset(row + reads.taps * reads.depth, 0, phase.depth - reads.taps * reads.depth);
+          rows[i] = row;
         }
+        tile.offsets = &one_tap;
+        tile.taps = 1;
+        tile.tap_depth = phase.depth;
       }
-      for (int64_t b = b0; b < b1; b += COLUMNS / BLOCK) {
-        tile.blocks = std::min(COLUMNS / BLOCK, b1 - b);
+      if (call.epilogue.sample_factor)
+        for (int64_t i = 0; i < count; ++i) sample_factor[i] = call.epilogue.sample_factor[samples[i]];
+      for (int64_t b = b0; b < b1; b += STEP) {
+        tile.blocks = std::min(STEP, b1 - b);
         tile.weights = weights + (b - b0) * block_bytes;
         multiply(tile);
         const int64_t channel = group * p.result_channels + b * BLOCK;
-        const int64_t padded_channel = (static_cast<int64_t>(phase_index) * p.groups + group) * p.blocks() * BLOCK + b * BLOCK;
         Epilogue epilogue = call.epilogue;
-        epilogue.zero_sum = call.zero_sums + padded_channel;
+        epilogue.zero_sum += ((static_cast<int64_t>(phase_index) * p.groups + group) * p.blocks() + b) * BLOCK;
         epilogue.factor += channel;
         if (epilogue.bias) epilogue.bias += channel;
-        if (epilogue.sample_factor) {
-          for (int64_t i = 0; i < count; ++i) sample_factor[i] = call.epilogue.sample_factor[samples[i]];
-          epilogue.sample_factor = sample_factor;
-        }
+        if (epilogue.sample_factor) epilogue.sample_factor = sample_factor;
         for (int64_t i = 0; i < count; ++i)
           out[i] = call.out + (places[i] + channel * call.out_channel) * call.element_bytes;
         finish(totals, count, std::min(tile.blocks * BLOCK, p.result_channels - b * BLOCK), epilogue, out,
@@ -224,11 +269,11 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float added = (poison ? *poison : 0.0f) + (image.odd() ? nan : 0.0f);
   const int64_t largest_weight = int64_t{1} << (a->w_bits - 1);
-  const Epilogue epilogue{nullptr, factor, bias, sample_factor, added, static_cast<Dtype>(a->out_dtype),
+  const Epilogue epilogue{zero_sums.get(), factor, bias, sample_factor, added, static_cast<Dtype>(a->out_dtype),
                           a->out_bytes != 0, static_cast<int>(a->out_zero)};
   const int64_t element = a->out_bytes ? 1 : a->out_dtype == FLOAT32 ? 4 : 2;
   const Call call{p, image.bytes(), weights, static_cast<int>(a->w_arranged_bits),
-                  2 * image.largest() * largest_weight > 32767, zero_sums.get(), epilogue, static_cast<uint8_t*>(out),
+                  2 * image.largest() * largest_weight > 32767, epilogue, static_cast<uint8_t*>(out),
                   a->out_sample, a->out_channel, {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
   multiply_all(call, threads);
   return 0;

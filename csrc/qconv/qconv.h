@@ -22,6 +22,9 @@ struct Tile {
   const int8_t* weights;
   int64_t block_bytes, blocks;  // blocks: at most COLUMNS / 16
   int32_t* totals;
+  // The rows as runs of at most 16 that are equally far apart, for the matrix unit; others need no runs.
+  const uint8_t* runs;
+  int64_t run_count;
   bool wide;  // a sum of two products may not fit 16 bits
 };
 using MultiplyFunction = void (*)(const Tile& tile);
@@ -47,6 +50,9 @@ struct Epilogue {
 using FinishFunction = void (*)(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& epilogue,
                                 void* const* out, int64_t channel_stride);
 
+// Rows of [channel][tap] bytes to rows of [tap][channel].
+using SplitFunction = void (*)(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
+
 #define BE_QCONV(isa)                                                                                       \
   void multiply_##isa(const Tile& tile);                                                                    \
   void decode_##isa(const uint8_t* packed, int64_t count, int bits, int8_t* codes);                         \
@@ -57,9 +63,12 @@ BE_QCONV(avx2)
 BE_QCONV(avx512)
 #undef BE_QCONV
 void multiply_amx(const Tile& tile);
+void split_scalar(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
+void split_avx512(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
 
 extern const Kernel<MultiplyFunction> multiply_kernel;
 extern const Kernel<DecodeFunction> decode_kernel;
 extern const Kernel<FinishFunction> finish_kernel;
+extern const Kernel<SplitFunction> split_kernel;
 
 }  // namespace bitorch_engine

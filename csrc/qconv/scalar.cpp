@@ -50,4 +50,10 @@ void finish_scalar(const int32_t* totals, int64_t count, int64_t channels, const
   }
 }
 
+void split_scalar(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out) {
+  for (int64_t row = 0; row < count; ++row, rows += channels * taps)
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < channels; ++c) *out++ = rows[c * taps + t];
+}
+
 }  // namespace bitorch_engine

@@ -25,15 +25,15 @@ void configure(int64_t upper, int64_t lower) {
 int64_t distance(const Tile& t, int64_t first, int64_t rows) { return rows > 1 ? t.rows[first + 1] - t.rows[first] : 64; }
 
 template <bool lower, bool right>
-void multiply(const Tile& t, int64_t first, int64_t upper_stride, int64_t lower_stride, const int8_t* weights,
-              int32_t* totals) {
+void multiply(const Tile& t, int64_t first, int64_t upper, int64_t upper_stride, int64_t lower_stride,
+              const int8_t* weights, int32_t* totals) {
   _tile_zero(0);
   if (right) _tile_zero(1);
   if (lower) _tile_zero(2);
   if (lower && right) _tile_zero(3);
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const uint8_t* a = t.rows[first] + t.offsets[tap];
-    const uint8_t* b = lower ? t.rows[first + 16] + t.offsets[tap] : nullptr;
+    const uint8_t* b = lower ? t.rows[first + upper] + t.offsets[tap] : nullptr;
     for (int64_t k = 0; k < t.tap_depth; k += 64, weights += 16 * 64) {
       _tile_loadd(4, a + k, upper_stride);
       _tile_loadd(6, weights, 64);
@@ -52,31 +52,31 @@ void multiply(const Tile& t, int64_t first, int64_t upper_stride, int64_t lower_
   constexpr int64_t pitch = COLUMNS * sizeof(int32_t);
   _tile_stored(0, totals, pitch);
   if (right) _tile_stored(1, totals + 16, pitch);
-  if (lower) _tile_stored(2, totals + 16 * COLUMNS, pitch);
-  if (lower && right) _tile_stored(3, totals + 16 * COLUMNS + 16, pitch);
+  if (lower) _tile_stored(2, totals + upper * COLUMNS, pitch);
+  if (lower && right) _tile_stored(3, totals + upper * COLUMNS + 16, pitch);
 }
 
 }  // namespace
 
-// tap_depth is a multiple of 64, and the rows of each 16 pixels are equally far apart.
+// tap_depth is a multiple of 64.
 void multiply_amx(const Tile& t) {
   int64_t before_upper = -1, before_lower = -1;
-  for (int64_t i = 0; i < t.count; i += 32) {
-    const int64_t upper = t.count - i < 16 ? t.count - i : 16;
-    const int64_t rest = t.count - i - upper, lower = rest < 16 ? rest : 16;
+  for (int64_t run = 0, i = 0; run < t.run_count; run += 2) {
+    const int64_t upper = t.runs[run], lower = run + 1 < t.run_count ? t.runs[run + 1] : 0;
     if (upper != before_upper || lower != before_lower) configure(upper, lower);
     before_upper = upper;
     before_lower = lower;
-    const int64_t upper_stride = distance(t, i, upper), lower_stride = lower ? distance(t, i + 16, lower) : 64;
+    const int64_t upper_stride = distance(t, i, upper), lower_stride = distance(t, i + upper, lower);
     for (int64_t b = 0; b < t.blocks; b += 2) {
       const int8_t* weights = t.weights + b * t.block_bytes;
       int32_t* totals = t.totals + i * COLUMNS + b * BLOCK;
       const bool right = b + 1 < t.blocks;
-      if (lower && right) multiply<true, true>(t, i, upper_stride, lower_stride, weights, totals);
-      else if (lower) multiply<true, false>(t, i, upper_stride, lower_stride, weights, totals);
-      else if (right) multiply<false, true>(t, i, upper_stride, lower_stride, weights, totals);
-      else multiply<false, false>(t, i, upper_stride, lower_stride, weights, totals);
+      if (lower && right) multiply<true, true>(t, i, upper, upper_stride, lower_stride, weights, totals);
+      else if (lower) multiply<true, false>(t, i, upper, upper_stride, lower_stride, weights, totals);
+      else if (right) multiply<false, true>(t, i, upper, upper_stride, lower_stride, weights, totals);
+      else multiply<false, false>(t, i, upper, upper_stride, lower_stride, weights, totals);
     }
+    i += upper + lower;
   }
   _tile_release();
 }

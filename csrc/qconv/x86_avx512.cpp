@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "qconv/product.h"
 #include "qconv/qconv.h"
 
@@ -64,14 +66,19 @@ __m256i bfloat16_of(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
 }
 
-__m128i bytes_of(__m512 value, const Epilogue& e) {
-  const __m512 low = _mm512_max_ps(_mm512_roundscale_ps(value, 0), _mm512_set1_ps(-1e6f));
-  const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(low, _mm512_set1_ps(1e6f)));
-  const __m512i byte = _mm512_add_epi32(rounded, _mm512_set1_epi32(e.zero));
-  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(byte, _mm512_setzero_si512()));
+// rint(value) + zero, not yet within 0 .. 255. NaN becomes the least of all.
+__m512i whole(__m512 value, __m512i zero) {
+  return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(1e6f), value)), zero);
 }
 
-// Channels o .. o + 15 of one row, where channels are last.
+__m128i bytes_of(__m512 value, const Epilogue& e) {
+  const __m512i rounded = whole(value, _mm512_set1_epi32(e.zero));
+  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(rounded, _mm512_setzero_si512()));
+}
+
+__mmask16 first_lanes(int64_t count) { return count < 16 ? static_cast<__mmask16>((1 << count) - 1) : 0xffff; }
+
+// To out[o] and the next 15 elements.
 void store(__m512 value, const Epilogue& e, void* out, int64_t o, __mmask16 mask) {
   if (e.bytes)
     _mm_mask_storeu_epi8(static_cast<uint8_t*>(out) + o, mask, bytes_of(value, e));
@@ -80,6 +87,44 @@ void store(__m512 value, const Epilogue& e, void* out, int64_t o, __mmask16 mask
   else
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + o, mask,
                              e.dtype == BFLOAT16 ? bfloat16_of(value) : _mm512_cvtps_ph(value, 0));
+}
+
+// Rows of up to NV blocks of 16 channels, where channels are last: what is the same in every row stays in registers.
+template <int NV>
+void finish_rows(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out) {
+  __m512i zero[NV];
+  __m512 factor[NV], added[NV];
+  const __mmask16 last = first_lanes(channels - 16 * (NV - 1));
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const __mmask16 mask = j == NV - 1 ? last : 0xffff;
+    zero[j] = _mm512_maskz_loadu_epi32(mask, e.zero_sum + 16 * j);
+    factor[j] = _mm512_maskz_loadu_ps(mask, e.factor + 16 * j);
+    added[j] = _mm512_set1_ps(e.poison);
+    if (e.bias) added[j] = _mm512_add_ps(added[j], _mm512_maskz_loadu_ps(mask, e.bias + 16 * j));
+  }
+  const bool four = NV == 4 && last == 0xffff && e.bytes;
+  const __m512i byte_zero = _mm512_set1_epi32(e.zero);
+  for (int64_t i = 0; i < count; ++i) {
+    const __m512 sample = _mm512_set1_ps(e.sample_factor ? e.sample_factor[i] : 1.0f);
+    __m512 value[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + i * COLUMNS + 16 * j), zero[j]);
+      value[j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), factor[j]), sample);
+      value[j] = _mm512_add_ps(value[j], added[j]);
+    }
+    if (four) {
+      // Narrowing with saturation takes groups of four by turns from both operands.
+      const __m512i low = _mm512_packs_epi32(whole(value[0], byte_zero), whole(value[1 % NV], byte_zero));
+      const __m512i high = _mm512_packs_epi32(whole(value[2 % NV], byte_zero), whole(value[3 % NV], byte_zero));
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      _mm512_storeu_si512(out[i], _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(value[j], e, out[i], 16 * j, j == NV - 1 ? last : 0xffff);
+  }
 }
 
 // 16 rows of 16 to 16 columns of 16, in four rounds of interleaving.
@@ -143,47 +188,57 @@ void decode_avx512(const uint8_t* packed, int64_t count, int bits, int8_t* codes
 
 void finish_avx512(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
                    int64_t channel_stride) {
-  const bool transposed = channel_stride != 1 && e.dtype == FLOAT32 && !e.bytes;
+  const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
+  if (channel_stride == 1) {
+    using Rows = void (*)(const int32_t*, int64_t, int64_t, const Epilogue&, void* const*);
+    constexpr Rows ROWS_OF[4] = {finish_rows<1>, finish_rows<2>, finish_rows<3>, finish_rows<4>};
+    return ROWS_OF[(channels - 1) / 16](totals, count, channels, e, out);
+  }
   for (int64_t o = 0; o < channels; o += 16) {
     const int64_t some = channels - o < 16 ? channels - o : 16;
-    const __mmask16 mask = static_cast<__mmask16>((1 << some) - 1);
-    if (channel_stride == 1) {
-      for (int64_t i = 0; i < count; ++i) store(value_of(totals, e, i, o, mask), e, out[i], o, mask);
-      continue;
-    }
-    for (int64_t i = 0; i < count;) {
+    for (int64_t i = 0, run; i < count; i += run) {
       // A run of result pixels that follow each other in memory.
-      int64_t run = 1;
-      while (transposed && run < 16 && i + run < count &&
-             static_cast<float*>(out[i + run]) == static_cast<float*>(out[i]) + run)
-        ++run;
-      __m512 r[16];
-      for (int64_t q = 0; q < run; ++q) r[q] = value_of(totals, e, i + q, o, mask);
+      uint8_t* first = static_cast<uint8_t*>(out[i]);
+      for (run = 1; run < 16 && i + run < count && out[i + run] == first + run * element;) ++run;
       if (run == 1) {
-        alignas(64) float values[16];
-        alignas(64) uint16_t halves[16];
-        uint8_t bytes[16];
-        _mm512_store_ps(values, r[0]);
-        if (e.bytes) _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(r[0], e));
-        else if (e.dtype != FLOAT32)
-          _mm256_store_si256(reinterpret_cast<__m256i*>(halves),
-                             e.dtype == BFLOAT16 ? bfloat16_of(r[0]) : _mm512_cvtps_ph(r[0], 0));
-        for (int64_t c = 0; c < some; ++c) {
-          const int64_t place = (o + c) * channel_stride;
-          if (e.bytes) static_cast<uint8_t*>(out[i])[place] = bytes[c];
-          else if (e.dtype == FLOAT32) static_cast<float*>(out[i])[place] = values[c];
-          else static_cast<uint16_t*>(out[i])[place] = halves[c];
-        }
-      } else {
-        for (int64_t q = run; q < 16; ++q) r[q] = _mm512_setzero_ps();
-        transpose(r);
-        float* place = static_cast<float*>(out[i]) + o * channel_stride;
-        const __mmask16 pixels = static_cast<__mmask16>((1 << run) - 1);
-        for (int64_t c = 0; c < some; ++c) _mm512_mask_storeu_ps(place + c * channel_stride, pixels, r[c]);
+        alignas(64) uint8_t values[64];
+        store(value_of(totals, e, i, o, first_lanes(some)), e, values, 0, 0xffff);
+        for (int64_t c = 0; c < some; ++c)
+          std::memcpy(first + (o + c) * channel_stride * element, values + c * element, element);
+        continue;
       }
-      i += run;
+      __m512 r[16];
+      for (int64_t q = 0; q < 16; ++q)
+        r[q] = q < run ? value_of(totals, e, i + q, o, first_lanes(some)) : _mm512_setzero_ps();
+      transpose(r);
+      for (int64_t c = 0; c < some; ++c) store(r[c], e, first, (o + c) * channel_stride, first_lanes(run));
     }
   }
+}
+
+// 64 channels are `taps` vectors. Byte c of a tap lies in vector (c * taps + tap) / 64: one masked permutation each.
+void split_avx512(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out) {
+  constexpr int64_t MOST = 32;
+  if (taps > MOST || channels < 16) return split_scalar(rows, count, channels, taps, out);
+  uint64_t within[MOST][MOST] = {};
+  alignas(64) uint8_t first_lane[64];
+  for (int64_t c = 0; c < 64; ++c) first_lane[c] = static_cast<uint8_t>(c * taps % 64);
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t c = 0; c < 64; ++c) within[t][(c * taps + t) / 64] |= uint64_t{1} << c;
+  const auto lanes = [](int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; };
+  for (int64_t row = 0; row < count; ++row, rows += channels * taps, out += channels * taps)
+    for (int64_t c = 0; c < channels; c += 64) {
+      __m512i from[MOST];
+      const int64_t left = channels - c, vectors = left < 64 ? (left * taps + 63) / 64 : taps;
+      for (int64_t v = 0; v < vectors; ++v)
+        from[v] = _mm512_maskz_loadu_epi8(lanes(left * taps - 64 * v), rows + c * taps + 64 * v);
+      for (int64_t t = 0; t < taps; ++t) {
+        const __m512i lane = _mm512_add_epi8(_mm512_load_si512(first_lane), _mm512_set1_epi8(static_cast<char>(t)));
+        __m512i to = _mm512_setzero_si512();
+        for (int64_t v = 0; v < vectors; ++v) to = _mm512_mask_permutexvar_epi8(to, within[t][v], lane, from[v]);
+        _mm512_mask_storeu_epi8(out + t * channels + c, lanes(left), to);
+      }
+    }
 }
 
 }  // namespace bitorch_engine

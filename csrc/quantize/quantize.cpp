@@ -1,8 +1,84 @@
 #include "quantize/quantize.h"
 
+#include <atomic>
+#include <limits>
+#include <memory>
+
+#include "bits/bits.h"
+#include "runtime/parallel.h"
+
 namespace bitorch_engine {
 
 const Kernel<QuantizeActivationFunction> quantize_activation_kernel{
     "quantize_activation", {quantize_activation_scalar, nullptr, nullptr, BE_X86(quantize_activation_avx512)}};
 
 }  // namespace bitorch_engine
+
+using namespace bitorch_engine;
+
+// x: (samples, pixels, channels) where channels_last, else (samples, channels, pixels).
+// codes, beyond: packed, `bits` and one bit a value, in channels-last order.  poison: 0, or NaN where x is not finite.
+BE_EXPORT void be_quantize_activation(const void* x, int dtype, int64_t samples, int64_t channels, int64_t pixels,
+                                      int channels_last, const float* scale, const float* low, int bits, uint8_t* codes,
+                                      uint8_t* beyond, float* poison, int threads) {
+  const int64_t total = samples * channels * pixels, size = dtype == FLOAT32 ? 4 : 2;
+  const std::unique_ptr<uint8_t[]> scratch(bits == 8 ? nullptr : new uint8_t[total]);
+  const std::unique_ptr<uint8_t[]> outside(new uint8_t[total]);
+  uint8_t* index = bits == 8 ? codes : scratch.get();
+  const auto kernel = quantize_activation_kernel.pick();
+  const ActivationRule rule{1.0f / *scale, *low, bits, 1};
+  std::atomic<bool> odd{false};
+  const uint8_t* bytes = static_cast<const uint8_t*>(x);
+  if (channels_last) {
+    parallel_for(total, 1 << 14, threads, [&](int64_t first, int64_t last) {
+      if (kernel(bytes + first * size, static_cast<Dtype>(dtype), last - first, 1, 1, last - first, rule, index + first,
+                 last - first, outside.get() + first))
+        odd = true;
+    });
+  } else {
+    const int64_t block = 64, blocks = (pixels + block - 1) / block;
+    parallel_for(samples * blocks, 1 + (1 << 14) / (channels * block + 1), threads, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t sample = b / blocks, start = b % blocks * block, some = std::min(block, pixels - start);
+        const int64_t to = (sample * pixels + start) * channels;
+        if (kernel(bytes + (sample * channels * pixels + start) * size, static_cast<Dtype>(dtype), 1, pixels, some,
+                   channels, rule, index + to, channels, outside.get() + to))
+          odd = true;
+      }
+    });
+  }
+  if (bits != 8) be_pack(index, codes, total, bits, threads);
+  be_pack(outside.get(), beyond, total, 1, threads);
+  *poison = odd ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+}
+
+// The values (index * step + low) * scale of a packed stream of codes, in its order.
+BE_EXPORT void be_activation_values(const uint8_t* codes, int64_t total, const float* scale, const float* low, int bits,
+                                    float* out, int threads) {
+  const float step = bits == 1 ? 2.0f : 1.0f, lowest = *low, factor = *scale;
+  parallel_for(total, 1 << 14, threads, [=](int64_t first, int64_t last) {
+    uint8_t index[2048];
+    for (int64_t start = first; start < last; start += 2048) {
+      const int64_t some = std::min<int64_t>(2048, last - start);
+      unpack_range(codes, start, some, bits, index);
+      for (int64_t i = 0; i < some; ++i) out[start + i] = (static_cast<float>(index[i]) * step + lowest) * factor;
+    }
+  });
+}
+
+// The weights code * scale of a packed stream with `columns` values a row.
+BE_EXPORT void be_dequantize(const uint8_t* packed, int64_t rows, int64_t columns, const float* scale, int bits, float* out,
+                             int threads) {
+  const int step = bits == 1 ? 2 : 1, lowest = bits == 1 ? -1 : -(1 << (bits - 1));
+  parallel_for(rows, 1 + (1 << 14) / (columns + 1), threads, [=](int64_t first, int64_t last) {
+    uint8_t index[2048];
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t start = 0; start < columns; start += 2048) {
+        const int64_t some = std::min<int64_t>(2048, columns - start), place = row * columns + start;
+        const float factor = scale[row];
+        unpack_range(packed, place, some, bits, index);
+        for (int64_t i = 0; i < some; ++i)
+          out[place + i] = static_cast<float>(static_cast<int>(index[i]) * step + lowest) * factor;
+      }
+  });
+}

@@ -2,6 +2,8 @@
 
 #include "binary/binary.h"
 #include "bits/bits.h"
+#include "grad_weight/grad_weight.h"
+#include "gradient/gradient.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
 #include "update/update.h"
@@ -17,6 +19,12 @@ const Row kernels[] = {
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),
+    split_kernel.row(),
+    interleave_kernel.row(),
+    largest_by_column_kernel.row(),
+    largest_kernel.row(),
+    round_kernel.row(),
+    straight_through_kernel.row(),
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),

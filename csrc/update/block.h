@@ -3,8 +3,10 @@
 //
 //   Simd::F, Simd::I   vectors of `width` floats and of as many 32-bit integers
 //   load, store, broadcast and arithmetic by their usual names; root is the square root, nearest rounds to even
-//   load_bytes, load_halves: unsigned integers of 8 and 16 bits widened; from_half, to_half: float16 in the low 16 bits
+//   load_bytes, load_halves: unsigned integers of 8 and 16 bits widened, load_signed_bytes: signed ones; from_half, to_half: float16 in the low 16 bits
+//   max_size: of a, which is not negative, and the size of b
 //   narrow_bytes, narrow_halves: 128 integers, clamped to 0 .. 255, and the low 16 bits of each
+//   narrow_signed: sign (bit 12) and x - base, 0 .. 127, of 128 integers, as bytes
 //   read_levels, write_levels: 128 levels from and to the two planes
 #pragma once
 
@@ -14,12 +16,6 @@
 
 namespace bitorch_engine {
 namespace {
-
-// A moment's block on its way through the registers: floats, and where they are rounded after the whole block is known.
-struct alignas(64) Held {
-  float values[BLOCK];
-  int32_t noise[BLOCK];
-};
 
 template <class S>
 static inline typename S::I hash(typename S::I x) {  // reference/noise.py
@@ -41,41 +37,56 @@ static inline typename S::I noise_below(typename S::I noise) {
   return S::template right<32 - cut>(noise);
 }
 
+// A block on its way through a moment: apart from what is in registers, which an array beside it would keep from there.
+struct alignas(64) Held {
+  float values[BLOCK];
+  int32_t codes[BLOCK];
+  uint8_t* at;
+  int32_t unit;
+};
+
+// A block of a moment: what holds for all of it is read at the start; load(i) and put(i, value, noise) take and give a
+// vector; settle() comes when all are put; encode(held, noises) writes what had to wait until then. It is called a block
+// later, when what settle found out has long arrived.
 template <class S, MomentKind kind, bool is_signed>
-struct Moment;  // begin(block): read what holds for the block; load(i); put(i, value, noise); finish(): write the block
+struct Moment;
 
 template <class S, bool is_signed>
 struct Moment<S, NONE, is_signed> {
-  explicit Moment(void*) {}
+  Moment(void*, Held*) {}
+  void settle() {}
+  static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
 struct Moment<S, MOMENT_F32, is_signed> {
   float* at;
-  explicit Moment(void* block) : at(static_cast<float*>(block)) {}
+  Moment(void* block, Held*) : at(static_cast<float*>(block)) {}
   typename S::F load(int i) const { return S::load(at + i); }
   void put(int i, typename S::F value, typename S::I) { S::store(at + i, value); }
-  void finish() {}
+  void settle() {}
+  static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
 struct Moment<S, MOMENT_BF16, is_signed> {
   uint16_t* at;
-  alignas(64) int32_t cut[BLOCK];
-  explicit Moment(void* block) : at(static_cast<uint16_t*>(block)) {}
+  int32_t* cut;
+  Moment(void* block, Held* held) : at(static_cast<uint16_t*>(block)), cut(held->codes) {}
   typename S::F load(int i) const { return S::as_float(S::template left<16>(S::load_halves(at + i))); }
   void put(int i, typename S::F value, typename S::I noise) {
     const auto rounded = S::add(S::as_int(value), noise_below<S, 16, is_signed>(noise));
     S::store_int(cut + i, S::template right<16>(rounded));
   }
-  void finish() { S::narrow_halves(cut, at); }
+  void settle() { S::narrow_halves(cut, at); }
+  static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
 struct Moment<S, MOMENT_F16, is_signed> {
   uint16_t* at;
-  alignas(64) int32_t cut[BLOCK];
-  explicit Moment(void* block) : at(static_cast<uint16_t*>(block)) {}
+  int32_t* cut;
+  Moment(void* block, Held* held) : at(static_cast<uint16_t*>(block)), cut(held->codes) {}
   typename S::F load(int i) const { return S::from_half(S::load_halves(at + i)); }
   void put(int i, typename S::F value, typename S::I noise) {
     const auto sign = S::and_(S::as_int(value), S::ints(INT32_MIN));
@@ -87,7 +98,8 @@ struct Moment<S, MOMENT_F16, is_signed> {
     const auto stored = S::min(S::sub(even, shift), S::floats(65504.0f));
     S::store_int(cut + i, S::to_half(S::as_float(S::or_(S::as_int(stored), sign))));
   }
-  void finish() { S::narrow_halves(cut, at); }
+  void settle() { S::narrow_halves(cut, at); }
+  static void encode(Held&, const int32_t*) {}
 };
 
 // x + unit, as float32, less the unit, cut after 4 bits of fraction; reference/moments.py.
@@ -97,8 +109,8 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
   uint8_t* at;
   typename S::F unit, largest;
   typename S::I unit_bits;
-  Held held;
-  explicit Moment(void* block) : at(static_cast<uint8_t*>(block)) {
+  Held* held;
+  Moment(void* block, Held* held) : at(static_cast<uint8_t*>(block)), held(held) {
     float value;
     std::memcpy(&value, at + BLOCK, sizeof value);
     unit = S::floats(value);
@@ -106,47 +118,67 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
     largest = S::floats(0);
   }
   typename S::F load(int i) const {
-    const auto code = S::load_bytes(at + i);
-    const auto size = is_signed ? S::and_(code, S::ints(0x7F)) : code;
-    const auto value = S::sub(S::as_float(S::add(S::template left<cut_bits>(size), unit_bits)), unit);
-    if constexpr (!is_signed) return value;
-    const auto sign = S::and_(S::template left<24>(code), S::ints(INT32_MIN));
-    return S::as_float(S::xor_(S::as_int(value), sign));
+    const auto code = is_signed ? S::load_signed_bytes(at + i) : S::load_bytes(at + i);
+    const auto size = S::template left<cut_bits>(code);
+    if constexpr (!is_signed) return S::sub(S::as_float(S::add(size, unit_bits)), unit);
+    const auto value = S::sub(S::as_float(S::add(S::and_(size, S::ints(0x7F << cut_bits)), unit_bits)), unit);
+    return S::as_float(S::xor_(S::as_int(value), S::and_(code, S::ints(INT32_MIN))));
   }
-  static typename S::F size_of(typename S::F value) {
-    if constexpr (!is_signed) return value;
-    return S::as_float(S::and_(S::as_int(value), S::ints(INT32_MAX)));
+  void put(int i, typename S::F value, typename S::I) {
+    S::store(held->values + i, value);
+    largest = is_signed ? S::max_size(largest, value) : S::max(largest, value);
   }
-  void put(int i, typename S::F value, typename S::I noise) {
-    S::store(held.values + i, value);
-    S::store_int(held.noise + i, noise);
-    largest = S::max(largest, size_of(value));
-  }
-  void finish() {
+  void settle() {
     const float top = S::largest(largest);
     int32_t bits;
     std::memcpy(&bits, &top, sizeof bits);
     const int room = (1 << (24 - doublings)) + (1 << cut_bits) - 1;
     int exponent = ((bits + room) >> 23) - (doublings - 1);
     if (exponent < 1) exponent = 1;
-    const int32_t word = exponent << 23;
-    std::memcpy(at + BLOCK, &word, sizeof word);
-    const auto base = S::ints(word);
+    held->at = at;
+    held->unit = exponent << 23;
+    std::memcpy(at + BLOCK, &held->unit, sizeof held->unit);
+  }
+  static void encode(Held& held, const int32_t* noises) {
+    const auto base = S::ints(held.unit);
     for (int i = 0; i < BLOCK; i += S::width) {
       const auto value = S::load(held.values + i);
-      const auto sum = S::as_int(S::add(size_of(value), S::as_float(base)));
-      const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(held.noise + i));
-      auto code = S::template right<cut_bits>(S::sub(S::add(sum, noise), base));
+      const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(noises + i));
       if constexpr (is_signed) {
-        code = S::or_(code, S::and_(S::template right<24>(S::as_int(value)), S::ints(0x80)));
+        const auto sign = S::and_(S::as_int(value), S::ints(INT32_MIN));
+        const auto sum = S::add(value, S::as_float(S::or_(sign, base)));
+        S::store_int(held.codes + i, S::template right<cut_bits>(S::add(S::as_int(sum), noise)));
       } else {
-        code = S::max(code, S::min(S::as_int(value), S::ints(1)));  // what is positive stays positive
+        const auto sum = S::as_int(S::add(value, S::as_float(base)));
+        const auto code = S::template right<cut_bits>(S::sub(S::add(sum, noise), base));
+        // What is positive stays positive.
+        S::store_int(held.codes + i, S::max(code, S::min(S::as_int(value), S::ints(1))));
       }
-      S::store_int(held.noise + i, code);
     }
-    S::narrow_bytes(held.noise, at);
+    if constexpr (is_signed) {
+      S::narrow_signed(held.codes, held.unit >> cut_bits, held.at);
+    } else {
+      S::narrow_bytes(held.codes, held.at);
+    }
   }
 };
+
+// Asks for what is needed a few blocks on, a share of it with each step through a block: the processor's own guesses do
+// not cover five streams.
+template <class S, MomentKind first_kind, MomentKind second_kind>
+static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t block, int i) {
+  constexpr int64_t ahead = 16;
+  if (i % 16 != 0) return;
+  const auto line = [=](const void* base, int64_t bytes) {  // of a block; four calls for half of it each cover it
+    const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>((block + ahead) * bytes);
+    for (int64_t byte = 0; byte * 4 < bytes; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + i / 16 * (bytes / 4) + byte));
+    }
+  };
+  line(blocks.grad, rule.grad_bf16 ? 2 * BLOCK : 4 * BLOCK);
+  if constexpr (first_kind != NONE) line(blocks.first, moment_bytes(first_kind));
+  if constexpr (second_kind != NONE) line(blocks.second, moment_bytes(second_kind));
+}
 
 template <class S, MomentKind first_kind, MomentKind second_kind>
 static void step_blocks(const StepRule& rule, const Blocks& blocks) {
@@ -154,8 +186,11 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   using I = typename S::I;
   const auto planes = S::planes(rule.bits);
   alignas(64) uint8_t levels[BLOCK];
-  alignas(64) int32_t moved[BLOCK];
+  alignas(64) int32_t moved[BLOCK], noises[2][BLOCK];
   alignas(64) float wide[BLOCK];
+  Held first_held[2], second_held[2];  // of this block, and of the one before
+  using First = Moment<S, first_kind, true>;
+  using Second = Moment<S, second_kind, false>;
   const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
   const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
   const bool as_is = !rule.grad_bf16 && rule.grad_factor == 1;
@@ -176,15 +211,14 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
     uint8_t* packed = blocks.packed + block * (BLOCK / 8) * rule.bits;
     uint8_t* residual = blocks.residual + block * (BLOCK / 8) * (8 - rule.bits);
     S::read_levels(planes, packed, residual, levels);
-    Moment<S, first_kind, true> first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind));
-    Moment<S, second_kind, false> second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind));
+    const int now = block & 1, before = 1 - now;
+    First first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &first_held[now]);
+    Second second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind), &second_held[now]);
     const uint32_t above = static_cast<uint32_t>(start >> 32);
     const I key = S::ints(static_cast<int32_t>(rule.key ^ (above ? hash_word(above) : 0)));
     I index = S::add(S::ints(static_cast<int32_t>(start)), S::lanes());
-#pragma GCC unroll 2
-    for (int i = 0; i < BLOCK; i += S::width) {
-      const I noise = hash<S>(S::xor_(index, key));
-      index = S::add(index, S::ints(S::width));
+    const auto step = [&](int i, I noise) __attribute__((always_inline)) {
+      if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) S::store_int(noises[now] + i, noise);
       const F g = S::load(grad + i);
       F move = g;
       if constexpr (first_kind != NONE) {
@@ -201,12 +235,26 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
       const I fine = S::nearest(S::min(move, S::floats(255 * 0x1p23f)));
       const I steps = S::template right_signed<23>(S::add(fine, S::template right<9>(noise)));
       S::store_int(moved + i, S::add(S::load_bytes(levels + i), steps));
+    };
+    for (int i = 0; i < BLOCK / 2; i += S::width) {
+      prefetch<S, first_kind, second_kind>(rule, blocks, block, i);
+      const I noise = hash<S>(S::xor_(index, key));
+      index = S::add(index, S::ints(S::width));
+      step(i, noise);
+      step(i + BLOCK / 2, S::mul(noise, S::ints(static_cast<int32_t>(0xAD166959u))));
     }
-    if constexpr (first_kind != NONE) first.finish();
-    if constexpr (second_kind != NONE) second.finish();
+    first.settle();
+    second.settle();
+    if (block > 0) {
+      First::encode(first_held[before], noises[before]);
+      Second::encode(second_held[before], noises[before]);
+    }
     S::narrow_bytes(moved, levels);
     S::write_levels(planes, levels, packed, residual);
   }
+  const int last = (blocks.count - 1) & 1;
+  First::encode(first_held[last], noises[last]);
+  Second::encode(second_held[last], noises[last]);
 }
 
 template <class S, MomentKind first>

@@ -29,6 +29,7 @@ struct Scalar {
   static I load_int(const int32_t* p) { return *p; }
   static void store_int(int32_t* p, I x) { *p = x; }
   static I load_bytes(const uint8_t* p) { return *p; }
+  static I load_signed_bytes(const uint8_t* p) { return static_cast<int8_t>(*p); }
   static I load_halves(const uint16_t* p) { return *p; }
   static F floats(float x) { return x; }
   static I ints(int32_t x) { return x; }
@@ -42,6 +43,7 @@ struct Scalar {
   static F root(F x) { return std::sqrt(x); }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
+  static F max_size(F a, F b) { return max(a, std::fabs(b)); }
   static F where_less(F a, F b, F x) { return a < b ? x : 0; }
   static I nearest(F x) { return x < -0x1p31f ? INT32_MIN : static_cast<int32_t>(std::nearbyint(x)); }
   // Unsigned in between: int32 wraps.
@@ -82,6 +84,9 @@ struct Scalar {
 
   static void narrow_bytes(const int32_t* in, uint8_t* out) {
     for (int i = 0; i < BLOCK; ++i) out[i] = static_cast<uint8_t>(min(max(in[i], 0), 255));
+  }
+  static void narrow_signed(const int32_t* in, int32_t base, uint8_t* out) {
+    for (int i = 0; i < BLOCK; ++i) out[i] = static_cast<uint8_t>((in[i] >> 5 & 0x80) | ((in[i] - base) & 0x7F));
   }
   static void narrow_halves(const int32_t* in, uint16_t* out) {
     for (int i = 0; i < BLOCK; ++i) out[i] = static_cast<uint16_t>(in[i]);

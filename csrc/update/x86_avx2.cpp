@@ -17,6 +17,9 @@ struct Avx2 {
   static I load_bytes(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
+  static I load_signed_bytes(const uint8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static I load_halves(const uint16_t* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -32,6 +35,7 @@ struct Avx2 {
   static F root(F x) { return _mm256_sqrt_ps(x); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F max_size(F a, F b) { return max(a, _mm256_andnot_ps(floats(-0.0f), b)); }
   static F where_less(F a, F b, F x) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ), x); }
   static I nearest(F x) { return _mm256_cvtps_epi32(x); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
@@ -73,6 +77,20 @@ struct Avx2 {
       const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes);
     }
+  }
+  static void narrow_signed(const int32_t* in, int32_t base, uint8_t* out) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int i = 0; i < BLOCK; i += 32) {
+      const __m256i low = signed_codes(_mm256_packus_epi32(load_int(in + i), load_int(in + i + 8)), base);
+      const __m256i high = signed_codes(_mm256_packus_epi32(load_int(in + i + 16), load_int(in + i + 24)), base);
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes);
+    }
+  }
+  static __m256i signed_codes(__m256i words, int32_t base) {
+    words = _mm256_sub_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(base)));
+    const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(words, 5), _mm256_set1_epi16(0x80));
+    return _mm256_or_si256(_mm256_and_si256(words, _mm256_set1_epi16(0x7F)), sign);
   }
   static void narrow_halves(const int32_t* in, uint16_t* out) {
     for (int i = 0; i < BLOCK; i += 16) {

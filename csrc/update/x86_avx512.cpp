@@ -2,39 +2,48 @@
 
 // gcc 12 warns of the undefined operands that its own intrinsics pass on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include "update/block.h"
 
 namespace bitorch_engine {
 namespace {
 
-// One plane of 64 values of `bits` bits, 8 * bits bytes, from and to 64 bytes. A group of eight values is a quadword on
-// both sides: bytes 0 .. bits-1 of it hold the packed stream.
+// Where the bytes of 64 packed values of `bits` bits are. A group of eight values is a quadword, before and behind.
+struct alignas(64) Places {
+  uint8_t spread[64];   // quadword q takes the bytes from q * bits on
+  uint8_t offsets[64];  // value k of a group starts at bit k * bits
+  uint8_t collect[64];  // the inverse of spread: the lowest `bits` bytes of each quadword
+
+  constexpr explicit Places(int bits) : spread(), offsets(), collect() {
+    for (int q = 0; q < 8; ++q) {
+      for (int j = 0; j < 8; ++j) {
+        spread[8 * q + j] = static_cast<uint8_t>(q * bits + j);
+        offsets[8 * q + j] = static_cast<uint8_t>(j * bits);
+        if (j < bits) collect[q * bits + j] = static_cast<uint8_t>(8 * q + j);
+      }
+    }
+  }
+};
+constexpr Places places[9] = {Places(0), Places(1), Places(2), Places(3), Places(4),
+                              Places(5), Places(6), Places(7), Places(8)};
+
+// One plane of 64 values of `bits` bits, 8 * bits bytes, from and to 64 bytes.
 struct Plane {
   int bits;
-  __mmask64 bytes;      // those that are there
-  __m512i spread;       // quadword q takes the bytes from q * bits on
-  __m512i offsets;      // value k of a group starts at bit k * bits
+  __mmask64 bytes;  // those that are there
+  __m512i spread, offsets, collect;
   __m512i mask;         // of a value
-  __m512i collect;      // the inverse of spread
   __m512i pair, quad;   // factors that put two values, then two pairs, one above the other
   __m512i low_half;     // the first four values of a group
   __m128i upper_shift;  // brings the other four next to them
 
   explicit Plane(int bits) : bits(bits) {
-    alignas(64) uint8_t spread_bytes[64], collect_bytes[64] = {}, offset_bytes[64];
-    for (int q = 0; q < 8; ++q) {
-      for (int j = 0; j < 8; ++j) {
-        spread_bytes[8 * q + j] = static_cast<uint8_t>(q * bits + j);
-        offset_bytes[8 * q + j] = static_cast<uint8_t>(j * bits);
-        if (j < bits) collect_bytes[q * bits + j] = static_cast<uint8_t>(8 * q + j);
-      }
-    }
     bytes = bits == 8 ? ~__mmask64{0} : (__mmask64{1} << (8 * bits)) - 1;
-    spread = _mm512_load_si512(spread_bytes);
-    offsets = _mm512_load_si512(offset_bytes);
+    spread = _mm512_load_si512(places[bits].spread);
+    offsets = _mm512_load_si512(places[bits].offsets);
+    collect = _mm512_load_si512(places[bits].collect);
     mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
-    collect = _mm512_load_si512(collect_bytes);
     pair = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << bits << 8));
     quad = _mm512_set1_epi32(1 | 1 << (2 * bits) << 16);
     low_half = _mm512_set1_epi64((int64_t{1} << (4 * bits)) - 1);
@@ -70,6 +79,9 @@ struct Avx512 {
   static I load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static I load_signed_bytes(const uint8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static I load_halves(const uint16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -85,6 +97,7 @@ struct Avx512 {
   static F root(F x) { return _mm512_sqrt_ps(x); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F max_size(F a, F b) { return _mm512_range_ps(a, b, 0xB); }  // of sizes, without sign
   static F where_less(F a, F b, F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
   static I nearest(F x) { return _mm512_cvtps_epi32(x); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
@@ -118,6 +131,18 @@ struct Avx512 {
       const __m512i high = _mm512_packs_epi32(load_int(in + i + 32), load_int(in + i + 48));
       _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
     }
+  }
+  static void narrow_signed(const int32_t* in, int32_t base, uint8_t* out) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int i = 0; i < BLOCK; i += 64) {
+      const __m512i low = signed_codes(_mm512_packus_epi32(load_int(in + i), load_int(in + i + 16)), base);
+      const __m512i high = signed_codes(_mm512_packus_epi32(load_int(in + i + 32), load_int(in + i + 48)), base);
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+    }
+  }
+  static __m512i signed_codes(__m512i words, int32_t base) {
+    words = _mm512_sub_epi16(words, _mm512_set1_epi16(static_cast<int16_t>(base)));
+    return _mm512_ternarylogic_epi32(words, _mm512_srli_epi16(words, 5), _mm512_set1_epi16(0x7F), 0xE4);
   }
   static void narrow_halves(const int32_t* in, uint16_t* out) {
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);

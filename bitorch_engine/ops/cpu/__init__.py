@@ -7,11 +7,11 @@ reference what its kernel does not do.
 from collections.abc import Callable
 from typing import Any
 
-from bitorch_engine.ops.cpu import bits, conv, linear, update
+from bitorch_engine.ops.cpu import bits, conv, grad_weight, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
 
-__all__ = ["available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
+__all__ = ["IMPLEMENTATIONS", "available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "pack": bits.pack,
@@ -19,6 +19,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "update_": update.update_,
     "add_": update.add_,
     "all_within": update.all_within,
+    "dequantize": quantize.dequantize,
+    "quantize_activation": quantize.quantize_activation,
+    "activation_values": quantize.activation_values,
+    "activation_grads": quantize.activation_grads,
+    "quantize_gradient": quantize.quantize_gradient,
+    "conv_grad_weight": grad_weight.conv_grad_weight,
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,

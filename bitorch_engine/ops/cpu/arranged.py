@@ -14,9 +14,10 @@ def arranged(packed: Tensor, key: Hashable, make: Callable[[], Any], *, keep: bo
     """``make()``, which depends on the content of ``packed`` and on ``key`` alone.
 
     keep: remember it until ``packed`` is written to (its version counter tells) or freed; not while training, where
-    every step writes. Tensors made under ``torch.inference_mode`` count no versions, so for them nothing is kept.
+    every step writes. Tensors made under ``torch.inference_mode`` count no versions, and those that other processes
+    share are written unseen: for them nothing is kept.
     """
-    if not keep or packed.is_inference():
+    if not keep or packed.is_inference() or packed.is_shared():
         return make()
     version, entries = _kept.get(packed, (None, None))
     if version != packed._version:

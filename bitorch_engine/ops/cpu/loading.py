@@ -14,16 +14,21 @@ ISAS = ("scalar", "neon", "avx2", "avx512", "amx")
 """Names of csrc/runtime/isa.h's numbers. avx512: with VNNI, VBMI and VPOPCNTDQ (Ice Lake, Zen 4 and later)."""
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-_PATH = Path(os.environ.get("BITORCH_ENGINE_LIBRARY") or Path(__file__).with_name(f"libbitorch_engine_cpu{_SUFFIX}"))
-"""BITORCH_ENGINE_LIBRARY names another build of the kernels, such as the one with sanitizers."""
+_OTHER = os.environ.get("BITORCH_ENGINE_LIBRARY")
+"""Path of another build of the kernels, such as the one with sanitizers. It must be there."""
+_PATH = Path(_OTHER) if _OTHER else Path(__file__).with_name(f"libbitorch_engine_cpu{_SUFFIX}")
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not _PATH.exists():
+        if _OTHER:
+            raise RuntimeError(f"BITORCH_ENGINE_LIBRARY={_OTHER}: there is no such file.")
         return None, "the installation did not compile them (a C++17 compiler is needed: then `pip install` again)."
     try:
         return ctypes.CDLL(str(_PATH)), ""
     except OSError as error:
+        if _OTHER:
+            raise RuntimeError(f"BITORCH_ENGINE_LIBRARY={_OTHER} does not load: {error}") from None
         return None, f"the library does not load: {error}"
 
 
@@ -39,12 +44,18 @@ def function(name: str, *argument_types: Any, result: Any = None) -> Any:
     """A function of the library; where that is not loaded, one that must not be called."""
     if LIBRARY is None:
         return None
-    found = getattr(LIBRARY, name)
+    try:
+        found = getattr(LIBRARY, name)
+    except AttributeError:
+        raise RuntimeError(
+            f"{_PATH} has no {name}: it was compiled from other sources. Compile it again: `make kernels` in the "
+            "source tree, or `pip install`."
+        ) from None
     found.argtypes, found.restype = argument_types, result
     return found
 
 
-POINTER, INT, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+POINTER, INT, INT64, FLOAT, FLOAT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """csrc/quantize/quantize.h's numbers of the float types that kernels read and write."""
@@ -66,7 +77,7 @@ def available_isas() -> list[str]:
 
 
 def current_isa() -> str:
-    """The best instruction set that is used now."""
+    """The best instruction set that is used now. Only where the kernels are loaded."""
     return ISAS[_current()]
 
 
@@ -98,5 +109,7 @@ def _set_cap(isa: str) -> None:
     _cap(ISAS.index(isa))
 
 
-if LIBRARY is not None and os.environ.get("BITORCH_ENGINE_CPU"):
-    _set_cap(os.environ["BITORCH_ENGINE_CPU"])
+if LIBRARY is not None and (_wanted := os.environ.get("BITORCH_ENGINE_CPU")):
+    if _wanted not in available_isas():
+        raise RuntimeError(f"BITORCH_ENGINE_CPU must be one of {', '.join(available_isas())}, got {_wanted!r}.")
+    _set_cap(_wanted)

@@ -1,6 +1,8 @@
 """Activations as codes of 1 to 8 bits, and the gradients of that; ``quantizers.activation`` sets their scales."""
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +60,7 @@ def activation_grads_fake(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tens
 
 def unpack_activation(codes: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     """The index of each activation: uint8, (N, C, *spatial), a view of channels-last memory."""
-    count = 1
-    for length in shape:
-        count *= length
-    return unpack(codes, bits, count).view(channels_last_shape(shape)).movedim(-1, 1)
+    return unpack(codes, bits, prod(shape)).view(channels_last_shape(shape)).movedim(-1, 1)
 
 
 def activation_index(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -98,10 +97,15 @@ def straight_through(grad: Tensor, index: Tensor, beyond: Tensor, low: Tensor, b
     """
     form = bit_format(bits)
     codes = activation_codes(index, low, bits)
-    high = low + (form.levels - 1) * form.step
     clipped = (beyond != 0) & ((index == 0) | (index == form.levels - 1))
     error = torch.where(index == 0, 0.0, 0.25 - 0.5 * beyond)
     slope = codes if bits == 1 else torch.where(clipped, codes, error)
-    features = max(1, grad[:1].numel())
-    scale_grad = (grad.to(torch.float32) * slope).sum() / (features * high).sqrt()
+    scale_grad = (grad.to(torch.float32) * slope).sum() * scale_grad_factor(grad.shape, low, bits)
     return torch.where(clipped, 0.0, grad).to(grad.dtype), scale_grad
+
+
+def scale_grad_factor(shape: Sequence[int], low: Any, bits: int) -> Any:
+    """1 / sqrt(features * high), for ``low`` as a number or a tensor."""
+    form = bit_format(bits)
+    features = max(1, prod(shape[1:]))
+    return (features * (low + (form.levels - 1) * form.step)) ** -0.5

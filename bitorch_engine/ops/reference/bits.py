@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from bitorch_engine.bits import bit_format, packed_size
 from bitorch_engine.bits import pack as _pack
-from bitorch_engine.bits import packed_size
 from bitorch_engine.bits import unpack as _unpack
 
 
@@ -24,3 +24,13 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def unpack_fake(packed: Tensor, bits: int, count: int) -> Tensor:
     return packed.new_empty(count, dtype=torch.uint8)
+
+
+def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weights, code * scale, of a packed stream: (R, columns) in ``dtype``, one row a scale."""
+    codes = bit_format(bits).codes(_unpack(packed, bits, channel_scale.numel() * columns))
+    return (codes.view(-1, columns) * channel_scale[:, None]).to(dtype)
+
+
+def dequantize_fake(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((channel_scale.numel(), columns), dtype=dtype)

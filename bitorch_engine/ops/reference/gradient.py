@@ -29,14 +29,19 @@ def quantize_gradient(
     if wide.numel() == 0:
         codes = torch.zeros_like(wide, dtype=torch.int8).movedim(1, -1).contiguous()
         return codes, wide.new_zeros([length if d == keep else 1 for d, length in enumerate(grad.shape)])
-    scale = wide.abs().amax(others, keepdim=True) * (1 / limit)
-    inverse = torch.where(scale > 0, (1 / scale).clamp(max=_LARGEST), 0.0)
+    scale, inverse = scale_and_inverse(wide.abs().amax(others, keepdim=True), bits)
     size = torch.nan_to_num(wide.abs() * inverse, nan=0.0)
     noise = uniform24(noise_bits(seed, 0, grad.numel(), grad.device)).view(grad.shape)
     whole = size.floor()
     codes = (whole + (noise < size - whole)).clamp(max=limit)
     codes = torch.where(wide < 0, -codes, codes).to(torch.int8)
     return codes.movedim(1, -1).contiguous(), scale
+
+
+def scale_and_inverse(largest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What a code is worth, and by what values are multiplied, where ``largest`` is the largest magnitude."""
+    scale = largest * (1 / ((1 << (bits - 1)) - 1))
+    return scale, torch.where(scale > 0, (1 / scale).clamp(max=_LARGEST), 0.0)
 
 
 def quantize_gradient_fake(

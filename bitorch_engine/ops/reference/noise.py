@@ -30,13 +30,13 @@ def noise_bits(key: int | Tensor, start: int, count: int, device: torch.device) 
     low = index.to(torch.int32)
     if start + count > 1 << 32:  # the part above 32 bits enters through a hash of its own
         low = low ^ hash32((index >> 32).to(torch.int32))
-    return hash32(low ^ (key if isinstance(key, Tensor) else _as_int32(key)))
+    return hash32(low ^ (key if isinstance(key, Tensor) else as_int32(key)))
 
 
 def hash32(x: Tensor) -> Tensor:
     """A bijection of 32 bits that flips each output bit with probability 1/2 for each input bit. int32, any shape."""
     for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
-        x = (x ^ _logical_shift(x, shift)) * _as_int32(factor)
+        x = (x ^ _logical_shift(x, shift)) * as_int32(factor)
     return x ^ _logical_shift(x, _SHIFTS[-1])
 
 
@@ -49,11 +49,12 @@ def _logical_shift(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << (32 - shift)) - 1)
 
 
-def _as_int32(value: int) -> int:
+def as_int32(value: int) -> int:
+    """The int32 with the bits of a number below 2**32."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def _hash_int(x: int) -> int:
-    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
-        x = (x ^ (x >> shift)) * factor & _MASK
-    return x ^ (x >> _SHIFTS[-1])
+    x = (x ^ x >> _SHIFTS[0]) * _FACTORS[0] & _MASK
+    x = (x ^ x >> _SHIFTS[1]) * _FACTORS[1] & _MASK
+    return x ^ x >> _SHIFTS[2]

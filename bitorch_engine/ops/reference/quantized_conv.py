@@ -221,7 +221,7 @@ def conv_grad_weight(
         (grad_codes.numel() // max(1, grad_codes.shape[-1])) << (a_bit + 8 - 1),
     )
     factor = geometry.per_output_channel((grad_scale * scale).view(-1), weight_shape)
-    return (total.to(torch.float32) * factor).to(dtype)
+    return (total.to(torch.float32) * factor).to(dtype).contiguous()
 
 
 def conv_grad_weight_fake(

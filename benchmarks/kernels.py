@@ -1,0 +1,148 @@
+"""Speed of the kernels through Python, as a user calls them: layers and optimizer, against the best peers.
+
+Ratios of medians: the time of the fastest peer of a kind, in that run and process, divided by ours. All functions of a
+contest take turns, and every other round goes backwards. Our convolutions and linear layers take and give float32
+(quantizing activations is in the time); *int8* peers take and give uint8, so they do less. Our linear layers have one
+scale an output channel, the int4 peers one a group of 32 or 128. *cold*: weights of 128 MiB take turns. *must* is for
+every shape, *aim* for the geometric mean; a row without them is for comparison.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import kernels_network
+from benchmarks.machine import ROOT, caption, facts, library_fingerprint
+from bitorch_engine.cli.bench.contest import HEADS, Contest, Result, run, table, verdicts
+from bitorch_engine.cli.bench.contests import contests as kernel_contests
+from bitorch_engine.cli.bench.contests import sizes
+from bitorch_engine.cli.info import kernel_facts
+
+SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
+    "one thread": (1, {}),
+    "two threads": (2, {}),
+    "one thread, ours and torch capped at AVX2": (1, {"BITORCH_ENGINE_CPU": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "one thread, ours and torch capped at AVX-512 VNNI": (
+        1,
+        {"BITORCH_ENGINE_CPU": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    ),
+}
+"""Name: threads and environment. onnxruntime and torch's own loops know no cap, so the caps leave onnxruntime out."""
+
+
+def every_contest(setting: str, *, quick: bool) -> Iterator[Contest]:
+    """Kernels and network in every setting; growing sizes in the first one."""
+    yield from kernel_contests()
+    yield from kernels_network.contests(4 if quick else 8)
+    if setting == next(iter(SETTINGS)):
+        yield from sizes()
+
+
+def measure_settings(names: list[str], *, quick: bool) -> dict[str, Any]:
+    """Each setting in a process of its own: the caps are read when the libraries load."""
+    found = {}
+    for name in names:
+        threads, environment = SETTINGS[name]
+        command = [sys.executable, "-m", "benchmarks.kernels", name, *(["--quick"] if quick else [])]
+        more = environment | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=os.environ | more, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        found[name] = json.loads(done.stdout)
+    return {"machine": facts(), "sources": [library_fingerprint()], "kernels": kernel_facts(), "settings": found}
+
+
+def report(record: dict[str, Any]) -> str:
+    """results/kernels.md."""
+    parts = ["# Kernels", *(__doc__ or "").strip().split("\n\n")]
+    for setting, kept in record["settings"].items():
+        known = list(every_contest(setting, quick=kept["quick"]))
+        results = [Result.of_json(result, known) for result in kept["results"]]
+        measured = [result for result in results if not result.work.endswith(" sizes")]
+        parts += [f"## {setting.capitalize()}", markdown(HEADS, table(verdicts(measured)))]
+        parts.append(f"Medians of {kept['rounds']} rounds. Instruction set: {kept['isa']}.")
+        if lost := list(lost_shapes(measured)):
+            parts += ["The peer wins:", "\n".join(lost)]
+        if missing := [f"- {r.work} {r.shape}: {r.missing}" for r in results if r.missing]:
+            parts += ["Not measured:", "\n".join(missing)]
+        if growing := [result for result in results if result.work.endswith(" sizes")]:
+            parts += [
+                "### Smallest shape at which the kernel wins",
+                "Square shapes of growing size, through Python, overhead included. *Wins from*: the smallest of "
+                "the shapes tried from which on ours is the faster one.",
+                markdown(("work", "wins from", "ratio there", "largest tried", "ratio there"), list(smallest(growing))),
+            ]
+        parts += ["### Microseconds", *times(measured)]
+    return "\n\n".join([*parts, caption(record)]) + "\n"
+
+
+def lost_shapes(results: list[Result]) -> Iterator[str]:
+    """One line for each shape and goal where the peer is the faster one."""
+    for verdict in verdicts(results):
+        for ratio in verdict.peer_wins:
+            peer = ratio.peer.partition(": ")[2]
+            yield f"- {verdict.goal.row}, {ratio.shape}: {verdict.goal.kind} {peer}, {1 / ratio.value:.2f}x"
+
+
+def smallest(results: list[Result]) -> Iterator[list[str]]:
+    """Rows of the table of the smallest shapes. The shapes come in the order of their work."""
+    for verdict in verdicts(results):
+        ratios = sorted(verdict.ratios, key=lambda ratio: ratio.theirs)
+        last_lost = max((i for i, ratio in enumerate(ratios) if ratio.value < 1), default=-1)
+        largest = ratios[-1]
+        first = ratios[last_lost + 1] if last_lost + 1 < len(ratios) else None
+        start = [first.shape, f"{first.value:.2f}"] if first else ["none of them", ""]
+        yield [verdict.goal.row, *start, largest.shape, f"{largest.value:.2f}"]
+
+
+def times(results: list[Result]) -> Iterator[str]:
+    """A table for each kind of work: shapes down, functions across."""
+    for work in dict.fromkeys(result.work for result in results):
+        rows = [result for result in results if result.work == work and result.seconds]
+        names = list(dict.fromkeys(name for result in rows for name in result.seconds))
+        cells = [[r.shape, *(f"{r.seconds[n] * 1e6:.1f}" if n in r.seconds else "" for n in names)] for r in rows]
+        yield markdown((work, *names), cells)
+
+
+def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+@click.command()
+@click.argument("setting", type=click.Choice(list(SETTINGS)))
+@click.option("--quick", is_flag=True)
+def measure_here(setting: str, quick: bool) -> None:
+    """Print the results of one setting, in whose environment this process runs, as JSON."""
+    threads, environment = SETTINGS[setting]
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    rounds, results = (5 if quick else 7), []
+    known = list(every_contest(setting, quick=quick))
+    columns = (TextColumn("{task.description:44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr()) as progress:
+        task = progress.add_task(setting, total=len(known))
+        for contest in known:
+            result = run(contest, rounds=rounds)
+            if "ONEDNN_MAX_CPU_ISA" in environment:
+                kept = {name: s for name, s in result.seconds.items() if "onnxruntime" not in name}
+                result = Result(result.work, result.shape, kept, result.goals, result.missing)
+            results.append(result.as_json())
+            progress.advance(task)
+    isa = kernel_facts().get("instruction set", "none: the kernels are not compiled")
+    click.echo(json.dumps({"quick": quick, "rounds": rounds, "isa": isa, "results": results}))
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+if __name__ == "__main__":
+    measure_here()

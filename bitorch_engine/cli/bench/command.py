@@ -1,0 +1,74 @@
+"""The command ``bitorch-engine bench``."""
+
+import json
+import os
+from fnmatch import fnmatch
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bitorch_engine.cli.bench.contest import HEADS, Result, run, table, verdicts
+from bitorch_engine.cli.bench.contests import contests
+from bitorch_engine.cli.bench.peers import has_onnxruntime
+from bitorch_engine.cli.errors import UsageError
+from bitorch_engine.cli.info import collect
+
+COLUMNS = (TextColumn("{task.description:32}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+
+
+@click.command("bench")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of ours and of the peers."
+)
+@click.option(
+    "--rounds", default=5, show_default=True, type=click.IntRange(1), help="Each number is a median of so many."
+)
+@click.option("--only", default="*", help="Only contests whose work and shape fit the pattern, such as 'conv 64-*'.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+def command(threads: int, rounds: int, only: str, as_json: bool) -> None:
+    """Time the kernels against torch's, and against onnxruntime's where that is installed. About a minute.
+
+    BITORCH_ENGINE_CPU=avx2 caps our instruction set; ONEDNN_MAX_CPU_ISA=AVX2 that of torch's peers.
+    """
+    chosen = [c for c in contests() if fnmatch(f"{c.work} {c.shape}", only)]
+    if not chosen:
+        raise UsageError(
+            f"no contest fits --only {only}; they are {', '.join(f'{c.work} {c.shape}' for c in contests())}."
+        )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    results: list[Result] = []
+    try:
+        with Progress(*COLUMNS, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=len(chosen))
+            for contest in chosen:
+                progress.update(task, description=f"{contest.work} {contest.shape}")
+                results.append(run(contest, rounds=rounds))
+                progress.advance(task)
+    finally:
+        torch.set_num_threads(before)
+    if as_json:
+        caps = {name: os.environ.get(name) for name in ("BITORCH_ENGINE_CPU", "ONEDNN_MAX_CPU_ISA")}
+        facts = collect() | {"threads": threads}
+        click.echo(json.dumps({"machine": facts, "caps": caps, "results": [r.as_json() for r in results]}, indent=1))
+        return
+    show(results, threads)
+
+
+def show(results: list[Result], threads: int) -> None:
+    """Print the table of ratios, and what could not be measured."""
+    console = Console()
+    shown = Table(title=f"Times as fast as the best peer, {threads} thread{'s' * (threads > 1)}", title_justify="left")
+    for head in HEADS:
+        shown.add_column(head, justify="left" if head in ("work", "against the best", "reached") else "right")
+    for row in table(verdicts(results)):
+        shown.add_row(*row)
+    console.print(shown)
+    for result in results:
+        if result.missing:
+            console.print(f"Not measured: {result.work} {result.shape}: {result.missing}")
+    if not has_onnxruntime():
+        console.print("onnxruntime is not installed: pip install 'bitorch_engine[bench]' compares with it too.")

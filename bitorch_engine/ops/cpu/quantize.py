@@ -1,0 +1,124 @@
+"""Floats to codes and back: activations, gradients, weights."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.bits import packed_size
+from bitorch_engine.ops.cpu.loading import DTYPES, FLOAT, FLOAT64, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.reference import activation, gradient
+from bitorch_engine.ops.reference.layout import channels_last_shape, is_channels_last, new_output
+
+_quantize = function(
+    "be_quantize_activation", POINTER, INT, *[INT64] * 3, INT, POINTER, POINTER, INT, *[POINTER] * 3, INT
+)
+_values = function("be_activation_values", POINTER, INT64, POINTER, POINTER, INT, POINTER, INT)
+_dequantize = function("be_dequantize", POINTER, INT64, INT64, POINTER, INT, POINTER, INT)
+_largest = function("be_gradient_largest", POINTER, *[INT64] * 3, INT, POINTER, INT)
+_round = function("be_gradient_round", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, INT, INT, POINTER, INT)
+_straight_through = function(
+    "be_straight_through", POINTER, *[INT64] * 3, INT, POINTER, POINTER, FLOAT, INT, POINTER, INT, result=FLOAT64
+)
+
+
+def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype not in DTYPES or x.numel() == 0:
+        return activation.quantize_activation(x, scale, low, bits)
+    x, channels_last = _dense(x)
+    codes, beyond = (torch.empty(packed_size(x.numel(), width), dtype=torch.uint8) for width in (bits, 1))
+    poison = torch.empty((), dtype=torch.float32)
+    _quantize(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *_sizes(x),
+        channels_last,
+        scale.data_ptr(),
+        low.data_ptr(),
+        bits,
+        codes.data_ptr(),
+        beyond.data_ptr(),
+        poison.data_ptr(),
+        threads(),
+    )
+    return codes, beyond, poison
+
+
+def activation_values(
+    codes: Tensor, scale: Tensor, low: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    values = torch.empty(channels_last_shape(shape), dtype=torch.float32)
+    _values(codes.data_ptr(), values.numel(), scale.data_ptr(), low.data_ptr(), bits, values.data_ptr(), threads())
+    out = values.movedim(-1, 1)
+    if channels_last and dtype == values.dtype:
+        return out
+    return new_output(out, shape, dtype, channels_last).copy_(out)
+
+
+def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    if grad.dtype not in DTYPES or grad.numel() == 0:
+        return activation.activation_grads(grad, codes, beyond, low, bits)
+    dense, channels_last = _dense(grad.to(torch.float32))
+    lowest = float(low)
+    out = torch.empty_like(dense)
+    total = _straight_through(
+        dense.data_ptr(),
+        *_sizes(dense),
+        channels_last,
+        codes.data_ptr(),
+        beyond.data_ptr(),
+        lowest,
+        bits,
+        out.data_ptr(),
+        threads(),
+    )
+    scale_grad = torch.tensor(total * activation.scale_grad_factor(grad.shape, lowest, bits), dtype=torch.float32)
+    return out.to(grad.dtype), scale_grad
+
+
+def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(channel_scale.numel(), columns, dtype=torch.float32)
+    scale = channel_scale.contiguous()
+    _dequantize(packed.data_ptr(), *out.shape, scale.data_ptr(), bits, out.data_ptr(), threads())
+    return out.to(dtype)
+
+
+def quantize_gradient(
+    grad: Tensor, channel_factor: Tensor | None, bits: int, keep: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    if grad.dtype not in DTYPES or grad.numel() == 0:
+        return gradient.quantize_gradient(grad, channel_factor, bits, keep, seed)
+    dense, channels_last = _dense(grad.to(torch.float32))
+    sizes = _sizes(dense)
+    largest = torch.empty(sizes[:2], dtype=torch.float32)
+    _largest(dense.data_ptr(), *sizes, channels_last, largest.data_ptr(), threads())
+    factor = None if channel_factor is None else channel_factor.contiguous()
+    if factor is not None:
+        largest = (largest * factor).abs()
+    scale, inverse = gradient.scale_and_inverse(largest.amax(1 - keep), bits)
+    codes = torch.empty(channels_last_shape(grad.shape), dtype=torch.int8)
+    _round(
+        dense.data_ptr(),
+        *sizes,
+        channels_last,
+        None if factor is None else factor.data_ptr(),
+        inverse.data_ptr(),
+        keep == 1,
+        (1 << (bits - 1)) - 1,
+        int(seed),
+        codes.data_ptr(),
+        threads(),
+    )
+    return codes, scale.view([length if d == keep else 1 for d, length in enumerate(grad.shape)])
+
+
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """The values with no gaps between them, and whether they are in channels-last order."""
+    channels_last = is_channels_last(x)
+    return (x if channels_last else x.contiguous()), channels_last
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """(samples, channels, pixels)"""
+    return x.shape[0], x.shape[1], prod(x.shape[2:])

@@ -1,0 +1,37 @@
+// The interleaving as loops of one width, which every compiler vectorizes. Included once per instruction set.
+#include <cstring>
+
+#include "grad_weight/grad_weight.h"
+
+namespace bitorch_engine {
+namespace {
+
+void interleave(const uint8_t* image, const int64_t* bases, int64_t quads, int64_t channels, int8_t* out,
+                int64_t block_bytes, int32_t* sums) {
+  alignas(64) uint32_t words[LANES];
+  alignas(64) int32_t total[LANES] = {};
+  const int64_t blocks = (channels + 15) / 16;
+  alignas(64) uint8_t padded[4][LANES] = {};  // where channels do not fill the block: 128 is worth 0
+  std::memset(padded, 128, sizeof padded);
+  for (int64_t q = 0; q < quads; ++q) {
+    const uint8_t* p[4];
+    for (int64_t i = 0; i < 4; ++i) p[i] = image + bases[4 * q + i];
+    if (channels % 16) {
+      for (int64_t i = 0; i < 4; ++i) {
+        std::memcpy(padded[i], p[i], channels);
+        p[i] = padded[i];
+      }
+    }
+    const uint8_t *a = p[0], *b = p[1], *c = p[2], *d = p[3];
+    for (int64_t k = 0; k < 16 * blocks; ++k) {
+      const uint32_t w = a[k], x = b[k], y = c[k], z = d[k];
+      words[k] = (w | x << 8 | y << 16 | z << 24) ^ 0x80808080u;
+      total[k] += static_cast<int32_t>(w + x + y + z) - 512;
+    }
+    for (int64_t block = 0; block < blocks; ++block) std::memcpy(out + block * block_bytes + q * 64, words + 16 * block, 64);
+  }
+  for (int64_t k = 0; k < channels; ++k) sums[k] += total[k];
+}
+
+}  // namespace
+}  // namespace bitorch_engine

@@ -1,0 +1,159 @@
+// The weight's gradient is, for every tap, a matrix product over the pixels p of all samples:
+//
+//     total[a, b] = sum over p of row[a, p] * column[b, p at the tap]
+//
+//            rows a                columns b, from the padded image
+//   plain         gradient's channels   activation's channels
+//   transposed    activation's          gradient's
+//
+// Both are bytes with a zero point; A = row (unsigned) and B = column - 128 (signed) go through the engine's kernel:
+//
+//     total = sum A B - zero_row * sum B + (128 - zero_column) * (sum A - zero_row * pixels)
+#include "grad_weight/grad_weight.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "bits/bits.h"
+#include "qconv/image.h"
+#include "qconv/product.h"
+#include "qconv/qconv.h"
+#include "runtime/buffer.h"
+#include "runtime/parallel.h"
+
+namespace bitorch_engine {
+
+const Kernel<InterleaveFunction> interleave_kernel{
+    "grad_weight.interleave",
+    {interleave_scalar, BE_ARM(interleave_neon), BE_X86(interleave_avx2), BE_X86(interleave_avx512)}};
+
+namespace {
+
+constexpr int64_t ROW_BYTES = 1 << 21;  // of rows that are multiplied together: they should stay near
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Pixels first .. first + n - 1 of all samples: where their bases are in the image.
+void locate(const Product& p, int64_t first, int64_t n, int64_t* bases) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t pixel = first + i, x = pixel % p.result[2], y = pixel / p.result[2] % p.result[1];
+    const int64_t z = pixel / p.result[2] / p.result[1] % p.result[0], sample = pixel / p.result_pixels();
+    const int64_t at[3] = {z * p.base_step[0] + p.before[0], y * p.base_step[1] + p.before[1],
+                           x * p.base_step[2] + p.before[2]};
+    bases[i] = (((sample * p.padded[0] + at[0]) * p.padded[1] + at[1]) * p.padded[2] + at[2]) * p.pixel_bytes();
+  }
+}
+
+// Pixels x channels bytes to channels x pixels; `flip` is added to each byte without sign: 128 for signed ones.
+void transpose(const uint8_t* from, int64_t pixels, int64_t stride, int64_t channels, uint8_t flip, uint8_t* to,
+               int64_t pitch, int64_t* sums) {
+  for (int64_t c0 = 0; c0 < channels; c0 += 64) {
+    const int64_t some = std::min<int64_t>(64, channels - c0);
+    for (int64_t p0 = 0; p0 < pixels; p0 += 64) {
+      const int64_t few = std::min<int64_t>(64, pixels - p0);
+      for (int64_t c = 0; c < some; ++c) {
+        const uint8_t* column = from + p0 * stride + c0 + c;
+        uint8_t* row = to + (c0 + c) * pitch + p0;
+        int32_t sum = 0;
+        for (int64_t p = 0; p < few; ++p) {
+          row[p] = column[p * stride] ^ flip;
+          sum += row[p];
+        }
+        sums[c0 + c] += sum;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitorch_engine
+
+using namespace bitorch_engine;
+
+// geometry: of the plain convolution (of the transposed one: from its output to its input).  rows: bytes (batch, pixels
+// of geometry.out, channels): signed gradient codes where rows_are_gradient, else indices of activations (at 1 bit twice
+// the index).  columns: the other side, as Image takes it, of geometry.in.  low, bits: of the activation.
+// scale: one a gradient channel.  out: (row channels, column channels / groups, taps) float.
+BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, const uint8_t* rows, const void* columns,
+                              float low, int bits, const float* scale, float* out, int threads) {
+  const Product p(*geometry, false, true);
+  const int64_t no_steps[3] = {};
+  const Image image(p, rows_are_gradient ? SourceKind::CODES : SourceKind::GRADIENT, columns, FLOAT32, 0, 0, no_steps,
+                    bits, 1.0f, low, threads);
+  const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low);
+  const int64_t row_zero = rows_are_gradient ? 128 : activation_zero, column_zero = image.zero();
+  const int64_t row_channels = p.result_channels, column_channels = p.image_channels, taps = p.taps;
+  const int64_t all_rows = p.groups * row_channels, pixels = p.batch * p.result_pixels();
+  const Phase& phase = p.phases[0];
+  const Buffer<int64_t> offsets = new_buffer<int64_t>(taps);
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t* shift = phase.taps[t].shift;
+    offsets[t] = ((shift[0] * p.padded[1] + shift[1]) * p.padded[2] + shift[2]) * p.pixel_bytes();
+  }
+  // At most 2**15 pixels, for which 255 * 128 each fit 32 bits twice.
+  const int64_t most = std::min<int64_t>(1 << 14, round_up(std::max<int64_t>(1024, ROW_BYTES / all_rows), 64));
+  const int64_t chunk = std::min(most, round_up(pixels, 64)), strips = (column_channels + LANES - 1) / LANES;
+  const bool once = pixels <= chunk;
+  const int64_t weights = all_rows * column_channels * taps;
+  const Buffer<int64_t> exact = new_buffer<int64_t>(once ? 0 : weights);
+  if (!once) std::memset(exact.get(), 0, weights * sizeof(int64_t));
+  const Buffer<uint8_t> turned = new_buffer<uint8_t>(all_rows * chunk);
+  const Buffer<int64_t> row_sums = new_buffer<int64_t>(all_rows), bases = new_buffer<int64_t>(chunk);
+  const auto interleave = interleave_kernel.pick();
+  const auto multiply = multiply_kernel.pick();
+
+  for (int64_t first = 0; first < pixels; first += chunk) {
+    const int64_t count = std::min(chunk, pixels - first), depth = round_up(count, 64);
+    locate(p, first, count, bases.get());
+    for (int64_t i = count; i < depth; ++i) bases[i] = bases[count - 1];
+    parallel_for(all_rows, 64, threads, [&](int64_t from, int64_t to) {
+      std::memset(row_sums.get() + from, 0, (to - from) * sizeof(int64_t));
+      transpose(rows + first * all_rows + from, count, all_rows, to - from, rows_are_gradient ? 0x80 : 0,
+                turned.get() + from * chunk, chunk, row_sums.get() + from);
+      for (int64_t r = from; r < to; ++r) std::memset(turned.get() + r * chunk + count, 0, depth - count);
+    });
+    parallel_for(p.groups * taps * strips, 1, threads, [&](int64_t from, int64_t to) {
+      const Buffer<int8_t> panel = new_buffer<int8_t>(LANES * depth);
+      alignas(64) int32_t totals[ROWS * COLUMNS];
+      const uint8_t* at[ROWS];
+      uint8_t runs[ROWS / 16 + 1];
+      const int64_t no_offset = 0;
+      for (int64_t unit = from; unit < to; ++unit) {
+        const int64_t strip = unit % strips, tap = unit / strips % taps, group = unit / strips / taps;
+        const int64_t columns_here = std::min(LANES, column_channels - strip * LANES);
+        const uint8_t* start = image.bytes() + group * p.image_depth + strip * LANES + offsets[tap];
+        int32_t column_sums[LANES] = {};
+        interleave(start, bases.get(), depth / 4, columns_here, panel.get(), 16 * depth, column_sums);
+        for (int64_t i = count; i < depth; ++i)  // what fills up the last step of 64 is not summed
+          for (int64_t b = 0; b < columns_here; ++b) column_sums[b] -= static_cast<int32_t>(start[bases[i] + b]) - 128;
+        for (int64_t r0 = 0; r0 < row_channels; r0 += ROWS) {
+          const int64_t here = std::min(ROWS, row_channels - r0);
+          int64_t run_count = 0;
+          for (int64_t r = 0; r < here; ++r) at[r] = turned.get() + (group * row_channels + r0 + r) * chunk;
+          for (int64_t r = 0; r < here; r += 16) runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
+          multiply({at, here, &no_offset, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
+                    run_count, true});
+          for (int64_t r = 0; r < here; ++r) {
+            const int64_t row = group * row_channels + r0 + r;
+            const int64_t of_row = (128 - column_zero) * (row_sums[row] - row_zero * count);
+            const int64_t place = (row * column_channels + strip * LANES) * taps + tap;
+            for (int64_t b = 0; b < columns_here; ++b) {
+              const int64_t total = totals[r * COLUMNS + b] - row_zero * column_sums[b] + of_row;
+              const int64_t gradient = rows_are_gradient ? row : group * column_channels + strip * LANES + b;
+              if (once) out[place + b * taps] = static_cast<float>(total) * scale[gradient];
+              else exact[place + b * taps] += total;
+            }
+          }
+        }
+      }
+    });
+  }
+  if (once) return;
+  for (int64_t row = 0; row < all_rows; ++row)
+    for (int64_t b = 0; b < column_channels; ++b) {
+      const int64_t gradient = rows_are_gradient ? row : row / row_channels * column_channels + b;
+      const int64_t place = (row * column_channels + b) * taps;
+      for (int64_t t = 0; t < taps; ++t) out[place + t] = static_cast<float>(exact[place + t]) * scale[gradient];
+    }
+}

@@ -1,0 +1,10 @@
+#include "grad_weight/body.h"
+
+namespace bitorch_engine {
+
+void interleave_avx2(const uint8_t* image, const int64_t* bases, int64_t quads, int64_t channels, int8_t* out,
+                 int64_t block_bytes, int32_t* sums) {
+  interleave(image, bases, quads, channels, out, block_bytes, sums);
+}
+
+}  // namespace bitorch_engine

@@ -1,0 +1,77 @@
+"""The integer weight gradient equals the one in float64 on every instruction set, bit for bit after the scale."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from bitorch_engine import ops
+from bitorch_engine.ops import cpu
+from bitorch_engine.ops.reference import quantized_conv as reference
+
+ISAS = pytest.mark.parametrize("isa", cpu.available_isas())
+
+
+def problem(seed: int) -> tuple[Any, ...]:
+    """Arguments of conv_grad_weight for a random geometry."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    rank, groups = dice.choice([0, 1, 2, 2, 2, 3]), dice.choice([1, 1, 2, 3])
+    transposed = rank > 0 and dice.random() < 0.3
+    c_in, c_out = groups * dice.choice([1, 4, 5, 16, 65]), groups * dice.choice([1, 4, 17, 100])
+    kernel, stride, dilation = ([dice.randint(1, 3) for _ in range(rank)] for _ in range(3))
+    padding = [dice.randint(0, 2) for _ in range(rank)]
+    spatial = [dice.randint(7, 9) for _ in range(rank)]
+    extra = [dice.randint(0, max(s, d) - 1) if transposed else 0 for s, d in zip(stride, dilation, strict=True)]
+    pad = [] if transposed or dice.random() < 0.7 else [dice.randint(0, 2) for _ in range(2 * rank)]
+    groups = groups if rank else 1
+    weight = (c_in, c_out // groups, *kernel) if transposed else (c_out, c_in // groups, *kernel)
+    bits = dice.randint(1, 8)
+    low = -1.0 if bits == 1 else dice.choice([0.0, -(2.0 ** (bits - 1))])
+    shape = (dice.choice([1, 2, 70]), c_in, *spatial) if rank < 3 else (2, c_in, *spatial)
+    geometry = (stride, padding, dilation, transposed, extra, groups, pad)
+    x = torch.randn(shape)
+    codes, _, _ = ops.quantize_activation(x, torch.tensor(0.1), torch.tensor(low), bits)
+    out = ops.Convolution(*geometry).output_shape(shape, weight)
+    grad = torch.randint(-127, 128, (out[0], *out[2:], out[1]), dtype=torch.int8)
+    scale = torch.rand(1, out[1], *[1] * rank)
+    return grad, scale, codes, torch.tensor(0.1), torch.tensor(low), bits, shape, weight, *geometry, torch.float32
+
+
+@ISAS
+@pytest.mark.parametrize("seed", range(40))
+def test_it_equals_the_reference(isa: str, seed: int) -> None:
+    arguments = problem(seed)
+    with cpu.cap_isa(isa):
+        found = ops.conv_grad_weight(*arguments)
+    assert torch.equal(found, reference.conv_grad_weight(*arguments))
+
+
+@ISAS
+@pytest.mark.parametrize("size", [150, 300])
+def test_sums_beyond_32_bits(isa: str, size: int) -> None:
+    shape, weight = (2, 4, size, size), (4, 4, 1, 1)
+    codes = ops.pack(torch.full((2 * 4 * size * size,), 255, dtype=torch.uint8), 8)
+    grad = torch.full((2, size, size, 4), -127, dtype=torch.int8)
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [])
+    one = torch.tensor(1.0)
+    with cpu.cap_isa(isa):
+        arguments = (grad, torch.ones(1, 4, 1, 1), codes, one, torch.tensor(0.0), 8, shape, weight, *geometry)
+        found = ops.conv_grad_weight(*arguments, torch.float32)
+    assert found.tolist() == torch.full(weight, float(-127 * 255 * 2 * size * size)).tolist()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_gives_the_same(threads: int) -> None:
+    arguments = problem(3)
+    before, wanted = torch.get_num_threads(), reference.conv_grad_weight(*arguments)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(ops.conv_grad_weight(*arguments), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_op_passes_opcheck() -> None:
+    torch.library.opcheck(ops.conv_grad_weight, problem(5))
