@@ -15,10 +15,10 @@ READY := .venv/ready
 SINGLE := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style bench kernels sanitize
+.PHONY: help demo test check style bench kernels sanitize check-arm
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
 
 demo: kernels  ## train a 4-bit network on handwritten digits (about a minute), results in runs/demo
 	@$(BIN)/bitorch-engine train --data digits --w-bit 4 --out runs/demo --overwrite
@@ -35,6 +35,12 @@ sanitize: $(READY)  ## run the tests of the kernels under AddressSanitizer and U
 	@$(SINGLE) BITORCH_ENGINE_LIBRARY=$(CURDIR)/build/sanitize/libbitorch_engine_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/cpu $(ARGS)
+
+check-arm:  ## run csrc/tests compiled for aarch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user
+	@cmake -S . -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DFOLDER=build/arm >/dev/null
+	@cmake --build build/arm --target smoke >/dev/null
+	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/smoke
 
 check: $(READY)  ## lint, formatting and types, changing nothing
 	@$(BIN)/ruff check .
@@ -56,5 +62,7 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install -qq --no-deps $(TORCH) $(TORCH_INDEX)
 	@echo "Installing bitorch_engine and its tools"
 	@$(BIN)/python -m pip install -qq -Cwheel.cmake=false -e '.[dev]'
+	@# The source tree is found by its path alone. The import hook that comes with it would hide a tree named by PYTHONPATH.
+	@sed -i.hook '/^import _editable_skbc/d' .venv/lib/python3*/site-packages/_editable_skbc_*.pth
 	@mkdir -p build
 	@touch $@

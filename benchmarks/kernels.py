@@ -3,8 +3,8 @@
 Ratios of medians: the time of the fastest peer of a kind, in that run and process, divided by ours. All functions of a
 contest take turns, and every other round goes backwards. Our convolutions and linear layers take and give float32
 (quantizing activations is in the time); *int8* peers take and give uint8, so they do less. Our linear layers have one
-scale an output channel, the int4 peers one a group of 32 or 128. *cold*: weights of 128 MiB take turns. *must* is for every
-shape, *aim* for the geometric mean; a row without them is for comparison.
+scale an output channel, the int4 peers one a group of 32 or 128. *cold*: weights of 128 MiB take turns. *must* is for
+every shape, *aim* for the geometric mean; a row without them is for comparison.
 """
 
 import json

@@ -8,7 +8,7 @@ from torch import nn
 
 from bitorch_engine.checkpoint.fit import fit
 from bitorch_engine.checkpoint.format import (
-    VERSION,
+    VERSIONS,
     StrPath,
     explained,
     naming,
@@ -83,7 +83,7 @@ def _described(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     with explained("its description is incomplete", "save it again with this library"):
         return {
             "kind": kind,
-            "format_version": VERSION,
+            "format_version": VERSIONS[kind],
             "library_version": content["library_version"],
             "weights": {
                 name: weight | {"shape": tuple(weight["shape"])} for name, weight in content["weights"].items()

@@ -1,4 +1,4 @@
-"""The file that save and save_training write. This docstring is the specification of the format, version 1.
+"""The file that save and save_training write. This docstring is the specification of the format.
 
 It is a safetensors file, which any safetensors reader opens, and which holds tensors and text, no code:
 
@@ -7,7 +7,7 @@ It is a safetensors file, which any safetensors reader opens, and which holds te
 One entry of the header's metadata, "bitorch_engine", is a JSON document of ASCII, keys sorted, without spaces.
 
     kind      "deployment" or "training"
-    version   1
+    version   of a deployment file 1, of a training file 2 (1 had 8-bit moments of another form)
     content   what the tensors are: an object; ``deployment`` and ``training`` say what is in it
     tensors   SHA-256 over all tensors in order of name: of each, JSON of [name, dtype, shape], a newline, its bytes
     digest    SHA-256 of this document without the key "digest"
@@ -31,8 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-VERSION = 1
-"""Of the format. A reader refuses all others."""
+VERSIONS = {"deployment": 1, "training": 2}
+"""Of the format of each kind. A reader refuses all others."""
 
 _KEY = "bitorch_engine"
 _READER = {"deployment": "bitorch_engine.load", "training": "bitorch_engine.checkpoint.load_training"}
@@ -72,7 +72,7 @@ def write(path: StrPath, kind: str, content: dict[str, Any], tensors: dict[str, 
             raise ValueError(f"{name} is on the meta device and has no values to save.")
     # Clones, as safetensors takes no two tensors that share memory.
     stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    document = {"kind": kind, "version": VERSION, "content": content, "tensors": _digest_of_tensors(stored)}
+    document = {"kind": kind, "version": VERSIONS[kind], "content": content, "tensors": _digest_of_tensors(stored)}
     document["digest"] = _digest_of_document(document)
     _replace_file(Path(path), safetensors.torch.save(stored, {_KEY: _canonical(document)}))
 
@@ -143,9 +143,10 @@ def _document(file: Any) -> dict[str, Any]:
         intact = _canonical(document) == text and _digest_of_document(document) == digest
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the file is damaged: its description is no JSON ({error}); copy it again.") from error
-    if version != VERSION:
+    wanted = VERSIONS.get(kind) if isinstance(kind, str) else None
+    if wanted is not None and version != wanted:
         raise CheckpointError(
-            f"the file has format version {version!r}, this library reads version {VERSION}; "
+            f"the {kind} file has format version {version!r}, this library reads version {wanted}; "
             "use the version of bitorch_engine that wrote it, or a newer one."
         )
     if not intact:

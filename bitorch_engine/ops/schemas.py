@@ -62,14 +62,14 @@ conv_grad_weight = define(
 )
 update_ = define(
     "update_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor grad, Tensor(c!)? exp_avg_s,"
-    " Tensor(d!)? exp_avg_l, *, int bits, float lr, float beta1, float beta2, float eps, float correction1,"
+    " Tensor(d!)? exp_avg_l, int bits, float lr, float beta1, float beta2, float eps, float correction1,"
     " float correction2, float grad_factor, ScalarType dtype, int key) -> ()",
     update.update_,
 )
 add_ = define(
-    "add_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor delta, *, int bits, int key) -> ()", update.add_
+    "add_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor delta, int bits, int key) -> ()", update.add_
 )
-all_within = define("all_within(Tensor values, float limit) -> bool", update.all_within, lambda values, limit: True)
+all_within = define("all_within(Tensor values, float limit) -> Tensor", update.all_within, update.all_within_fake)
 linear_weight_only = define(
     "linear_weight_only(Tensor x, Tensor packed, Tensor channel_scale, int bits, Tensor? bias, SymInt columns, "
     "int group_size=0) -> Tensor",

@@ -133,11 +133,8 @@ def step_float_(
 
 
 def check_finite(grad: Tensor) -> None:
-    """Raise ValueError where a gradient has a NaN or Inf entry, or one whose square is beyond float32.
-
-    No temporary of its size is made.
-    """
-    if not ops.all_within(grad.detach(), _LARGEST):
+    """Raise ValueError where a gradient has a NaN or Inf entry, or one whose square is beyond float32."""
+    if not bool(ops.all_within(grad.detach(), _LARGEST)):
         raise ValueError(
             f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
             "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
@@ -159,10 +156,10 @@ def _check_settings(
     step: Tensor | None,
     correct_bias: bool | None,
 ) -> None:
-    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
         if not (float(value) >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be finite and at least 0, got {value}.")
-    for name, value in {"beta1": betas[0], "beta2": betas[1]}.items():
+    for name, value in (("beta1", betas[0]), ("beta2", betas[1])):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -208,7 +205,7 @@ def _check_projected_back(weight: "PackedParameter", direction: Tensor) -> None:
 def _check_moments(
     weight: "PackedParameter", grad: Tensor, exp_avg_s: Tensor | None, exp_avg_l: Tensor | None, *, projected: bool
 ) -> None:
-    for name, moment in {"exp_avg_s": exp_avg_s, "exp_avg_l": exp_avg_l}.items():
+    for name, moment in (("exp_avg_s", exp_avg_s), ("exp_avg_l", exp_avg_l)):
         if moment is None:
             continue
         if moment.dtype not in _MOMENT_DTYPES:
@@ -240,9 +237,9 @@ def _grad_factor(weight: "PackedParameter", grad: Tensor, *moments: Tensor | Non
     direction does not depend on the factor as long as it stays the same (eps is multiplied too), so the parameter keeps
     its exponent. Where gradients have grown by more than 2**6 since, exponent and moments come down together.
     """
-    held = [moment if moment is not None and moment.dtype == torch.float16 else None for moment in moments]
-    if all(moment is None for moment in held):
+    if not any(moment is not None and moment.dtype == torch.float16 for moment in moments):
         return 1.0
+    held = [moment if moment is not None and moment.dtype == torch.float16 else None for moment in moments]
     rms = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) / math.sqrt(grad.numel())
     if rms > 0:
         fitting = min(100, -round(math.log2(rms)))

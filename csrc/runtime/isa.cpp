@@ -11,6 +11,12 @@ namespace bitorch_engine {
 namespace {
 
 #if defined(__x86_64__)
+// x86-64-v3, for which the files are compiled. A virtual machine may hide one of them; what else v3 has comes with these.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -36,9 +42,9 @@ bool has_amx() {
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (!has_avx2()) return SCALAR;
   if (has_avx512()) return has_amx() ? AMX : AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-  return SCALAR;
+  return AVX2;
 #elif defined(__aarch64__)
   return NEON;
 #else
@@ -70,7 +76,7 @@ BE_EXPORT int be_current_isa() { return current_isa(); }
 
 // Returns 0, or -1 where this processor does not have it.
 BE_EXPORT int be_cap_isa(int isa) {
-  const bool known = isa == SCALAR || (isa <= best_isa() && (isa == NEON) == (best_isa() == NEON));
+  const bool known = isa == SCALAR || (isa > SCALAR && isa <= best_isa() && (isa == NEON) == (best_isa() == NEON));
   if (!known) return -1;
   cap().store(isa);
   return 0;

@@ -1,5 +1,6 @@
 #include "runtime/table.h"
 
+#include "binary/binary.h"
 #include "bits/bits.h"
 #include "grad_weight/grad_weight.h"
 #include "gradient/gradient.h"
@@ -24,6 +25,9 @@ const Row kernels[] = {
     largest_kernel.row(),
     round_kernel.row(),
     straight_through_kernel.row(),
+    binary::multiply_kernel.row(),
+    binary::sign_kernel.row(),
+    binary::arrange_kernel.row(),
     update_kernel.row(),
     mean_square_kernel.row(),
     within_kernel.row(),

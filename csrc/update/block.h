@@ -41,16 +41,21 @@ static inline typename S::I noise_below(typename S::I noise) {
 struct alignas(64) Held {
   float values[BLOCK];
   int32_t codes[BLOCK];
+  uint8_t* at;
+  int32_t unit;
 };
 
 // A block of a moment: what holds for all of it is read at the start; load(i) and put(i, value, noise) take and give a
-// vector; finish(noises) writes what could not be written before the whole block was known.
+// vector; settle() comes when all are put; encode(held, noises) writes what had to wait until then. It is called a block
+// later, when what settle found out has long arrived.
 template <class S, MomentKind kind, bool is_signed>
 struct Moment;
 
 template <class S, bool is_signed>
 struct Moment<S, NONE, is_signed> {
   Moment(void*, Held*) {}
+  void settle() {}
+  static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
@@ -59,7 +64,8 @@ struct Moment<S, MOMENT_F32, is_signed> {
   Moment(void* block, Held*) : at(static_cast<float*>(block)) {}
   typename S::F load(int i) const { return S::load(at + i); }
   void put(int i, typename S::F value, typename S::I) { S::store(at + i, value); }
-  void finish(const int32_t*) {}
+  void settle() {}
+  static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
@@ -72,7 +78,8 @@ struct Moment<S, MOMENT_BF16, is_signed> {
     const auto rounded = S::add(S::as_int(value), noise_below<S, 16, is_signed>(noise));
     S::store_int(cut + i, S::template right<16>(rounded));
   }
-  void finish(const int32_t*) { S::narrow_halves(cut, at); }
+  void settle() { S::narrow_halves(cut, at); }
+  static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
@@ -91,7 +98,8 @@ struct Moment<S, MOMENT_F16, is_signed> {
     const auto stored = S::min(S::sub(even, shift), S::floats(65504.0f));
     S::store_int(cut + i, S::to_half(S::as_float(S::or_(S::as_int(stored), sign))));
   }
-  void finish(const int32_t*) { S::narrow_halves(cut, at); }
+  void settle() { S::narrow_halves(cut, at); }
+  static void encode(Held&, const int32_t*) {}
 };
 
 // x + unit, as float32, less the unit, cut after 4 bits of fraction; reference/moments.py.
@@ -120,35 +128,37 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
     S::store(held->values + i, value);
     largest = is_signed ? S::max_size(largest, value) : S::max(largest, value);
   }
-  void finish(const int32_t* noises) {
+  void settle() {
     const float top = S::largest(largest);
     int32_t bits;
     std::memcpy(&bits, &top, sizeof bits);
     const int room = (1 << (24 - doublings)) + (1 << cut_bits) - 1;
     int exponent = ((bits + room) >> 23) - (doublings - 1);
     if (exponent < 1) exponent = 1;
-    const int32_t word = exponent << 23;
-    std::memcpy(at + BLOCK, &word, sizeof word);
-    const auto base = S::ints(word);
-    int32_t* codes = held->codes;
+    held->at = at;
+    held->unit = exponent << 23;
+    std::memcpy(at + BLOCK, &held->unit, sizeof held->unit);
+  }
+  static void encode(Held& held, const int32_t* noises) {
+    const auto base = S::ints(held.unit);
     for (int i = 0; i < BLOCK; i += S::width) {
-      const auto value = S::load(held->values + i);
+      const auto value = S::load(held.values + i);
       const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(noises + i));
       if constexpr (is_signed) {
         const auto sign = S::and_(S::as_int(value), S::ints(INT32_MIN));
         const auto sum = S::add(value, S::as_float(S::or_(sign, base)));
-        S::store_int(codes + i, S::template right<cut_bits>(S::add(S::as_int(sum), noise)));
+        S::store_int(held.codes + i, S::template right<cut_bits>(S::add(S::as_int(sum), noise)));
       } else {
         const auto sum = S::as_int(S::add(value, S::as_float(base)));
         const auto code = S::template right<cut_bits>(S::sub(S::add(sum, noise), base));
         // What is positive stays positive.
-        S::store_int(codes + i, S::max(code, S::min(S::as_int(value), S::ints(1))));
+        S::store_int(held.codes + i, S::max(code, S::min(S::as_int(value), S::ints(1))));
       }
     }
     if constexpr (is_signed) {
-      S::narrow_signed(codes, word >> cut_bits, at);
+      S::narrow_signed(held.codes, held.unit >> cut_bits, held.at);
     } else {
-      S::narrow_bytes(codes, at);
+      S::narrow_bytes(held.codes, held.at);
     }
   }
 };
@@ -157,7 +167,7 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
 // not cover five streams.
 template <class S, MomentKind first_kind, MomentKind second_kind>
 static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t block, int i) {
-  constexpr int64_t ahead = 4;
+  constexpr int64_t ahead = 16;
   if (i % 16 != 0) return;
   const auto line = [=](const void* base, int64_t bytes) {  // of a block; four calls for half of it each cover it
     const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>((block + ahead) * bytes);
@@ -176,9 +186,11 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   using I = typename S::I;
   const auto planes = S::planes(rule.bits);
   alignas(64) uint8_t levels[BLOCK];
-  alignas(64) int32_t moved[BLOCK], noises[BLOCK];
+  alignas(64) int32_t moved[BLOCK], noises[2][BLOCK];
   alignas(64) float wide[BLOCK];
-  Held held[2];
+  Held first_held[2], second_held[2];  // of this block, and of the one before
+  using First = Moment<S, first_kind, true>;
+  using Second = Moment<S, second_kind, false>;
   const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
   const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
   const bool as_is = !rule.grad_bf16 && rule.grad_factor == 1;
@@ -199,13 +211,14 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
     uint8_t* packed = blocks.packed + block * (BLOCK / 8) * rule.bits;
     uint8_t* residual = blocks.residual + block * (BLOCK / 8) * (8 - rule.bits);
     S::read_levels(planes, packed, residual, levels);
-    Moment<S, first_kind, true> first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &held[0]);
-    Moment<S, second_kind, false> second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind), &held[1]);
+    const int now = block & 1, before = 1 - now;
+    First first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &first_held[now]);
+    Second second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind), &second_held[now]);
     const uint32_t above = static_cast<uint32_t>(start >> 32);
     const I key = S::ints(static_cast<int32_t>(rule.key ^ (above ? hash_word(above) : 0)));
     I index = S::add(S::ints(static_cast<int32_t>(start)), S::lanes());
     const auto step = [&](int i, I noise) __attribute__((always_inline)) {
-      S::store_int(noises + i, noise);
+      if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) S::store_int(noises[now] + i, noise);
       const F g = S::load(grad + i);
       F move = g;
       if constexpr (first_kind != NONE) {
@@ -228,13 +241,20 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
       const I noise = hash<S>(S::xor_(index, key));
       index = S::add(index, S::ints(S::width));
       step(i, noise);
-      step(i + BLOCK / 2, S::mul(noise, S::ints(static_cast<int32_t>(0x915F77F5u))));
+      step(i + BLOCK / 2, S::mul(noise, S::ints(static_cast<int32_t>(0xAD166959u))));
     }
-    if constexpr (first_kind != NONE) first.finish(noises);
-    if constexpr (second_kind != NONE) second.finish(noises);
+    first.settle();
+    second.settle();
+    if (block > 0) {
+      First::encode(first_held[before], noises[before]);
+      Second::encode(second_held[before], noises[before]);
+    }
     S::narrow_bytes(moved, levels);
     S::write_levels(planes, levels, packed, residual);
   }
+  const int last = (blocks.count - 1) & 1;
+  First::encode(first_held[last], noises[last]);
+  Second::encode(second_held[last], noises[last]);
 }
 
 template <class S, MomentKind first>

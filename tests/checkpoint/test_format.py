@@ -290,6 +290,14 @@ def test_a_document_of_any_depth_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "x", "deployment")
 
 
+def test_a_training_file_with_the_old_8_bit_moments_is_refused(tmp_path: Path) -> None:
+    forged(tmp_path / "x", {"kind": "training", "version": 1, "content": {}})
+    with pytest.raises(
+        CheckpointError, match="the training file has format version 1, .* reads version 2; use the version"
+    ):
+        read(tmp_path / "x", "training")
+
+
 def test_names_of_dtypes() -> None:
     assert dtype_named("bfloat16") is torch.bfloat16
     with pytest.raises(ValueError, match="'load' is no dtype"):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitorch_engine.ops.cpu import binary
 from bitorch_engine.ops.cpu.arranged import arranged
-from bitorch_engine.ops.cpu.geometry import Geometry, geometry
+from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
@@ -165,10 +166,6 @@ def _read_as_float32(scale: Tensor, low: Tensor, channel_scale: Tensor) -> bool:
     return same and channel_scale.is_contiguous()
 
 
-def _key(fields: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(field) if isinstance(field, list) else field for field in fields)
-
-
 def conv(
     x: Tensor,
     scale: Tensor,
@@ -181,11 +178,13 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
+    if binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
+        return binary.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     found = _problem(
         _FLOATS,
         tuple(x.shape),
         tuple(weight_shape),
-        _key(fields),
+        hashable(fields),
         x.stride(),
         a_bit,
         w_bit,
@@ -216,11 +215,14 @@ def conv_codes(
     *rest: Any,
 ) -> Tensor:
     *fields, dtype, channels_last = rest
+    if binary.suits(shape, a_bit, w_bit, weight_shape, *fields):
+        head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
+        return binary.conv_codes(*head, weight_shape, *rest)
     found = _problem(
         _CODES,
         tuple(shape),
         tuple(weight_shape),
-        _key(fields),
+        hashable(fields),
         (),
         a_bit,
         w_bit,
@@ -252,7 +254,7 @@ def conv_grad_input(
         _GRADIENT,
         tuple(shape),
         tuple(weight_shape),
-        _key(fields),
+        hashable(fields),
         (),
         8,
         w_bit,

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 _Triple = ctypes.c_int64 * 3
 
@@ -80,3 +81,8 @@ def _geometry(
     ]
     triples = [_Triple(*[fill] * (3 - rank), *values) for values, fill in fields]
     return Geometry(shape[0], shape[1], out[1], groups, *triples)
+
+
+def hashable(fields: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of an op, lists of integers among them, as a key."""
+    return tuple([tuple(field) if isinstance(field, list) else field for field in fields])

@@ -48,7 +48,7 @@ def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tup
 def activation_values(
     codes: Tensor, scale: Tensor, low: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    values = torch.empty(channels_last_shape(shape))
+    values = torch.empty(channels_last_shape(shape), dtype=torch.float32)
     _values(codes.data_ptr(), values.numel(), scale.data_ptr(), low.data_ptr(), bits, values.data_ptr(), threads())
     out = values.movedim(-1, 1)
     if channels_last and dtype == values.dtype:
@@ -91,7 +91,7 @@ def quantize_gradient(
         return gradient.quantize_gradient(grad, channel_factor, bits, keep, seed)
     dense, channels_last = _dense(grad.to(torch.float32))
     sizes = _sizes(dense)
-    largest = torch.empty(sizes[:2])
+    largest = torch.empty(sizes[:2], dtype=torch.float32)
     _largest(dense.data_ptr(), *sizes, channels_last, largest.data_ptr(), threads())
     factor = None if channel_factor is None else channel_factor.contiguous()
     if factor is not None:

@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.cpu.loading import FLOAT, INT, INT64, POINTER, function, threads
@@ -39,7 +40,6 @@ def update_(
     grad: Tensor,
     exp_avg_s: Tensor | None,
     exp_avg_l: Tensor | None,
-    *,
     bits: int,
     lr: float,
     beta1: float,
@@ -61,8 +61,8 @@ def update_(
         or not all(tensor.is_contiguous() for tensor in held)
     ):
         reference.update_(
-            packed, residual, scale, grad, exp_avg_s, exp_avg_l, bits=bits, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            correction1=correction1, correction2=correction2, grad_factor=grad_factor, dtype=dtype, key=key,
+            packed, residual, scale, grad, exp_avg_s, exp_avg_l, bits, lr, beta1, beta2, eps, correction1, correction2,
+            grad_factor, dtype, key,
         )  # fmt: skip
         return
     grad = grad.contiguous()
@@ -87,9 +87,12 @@ def update_(
         moment if per_row else 0,
     )  # fmt: skip
     _update(ctypes.addressof(step), threads())
+    # A kernel writes behind torch's back: what was made from the packed weight, and saved by autograd, must tell.
+    written = (packed, residual, exp_avg_s, exp_avg_l)
+    increment_version([tensor for tensor in written if tensor is not None and not tensor.is_inference()])
 
 
-def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, *, bits: int, key: int) -> None:
+def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, bits: int, key: int) -> None:
     update_(
         packed, residual, scale, delta if delta.dtype == torch.bfloat16 else delta.to(torch.float32), None, None,
         bits=bits, lr=-1.0, beta1=0.0, beta2=0.0, eps=0.0, correction1=1.0, correction2=1.0, grad_factor=1.0,
@@ -97,9 +100,9 @@ def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, *, bits
     )  # fmt: skip
 
 
-def all_within(values: Tensor, limit: float) -> bool:
+def all_within(values: Tensor, limit: float) -> Tensor:
     if values.dtype != torch.float32 or not (
         values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)
     ):
         return reference.all_within(values, limit)
-    return bool(_within(values.data_ptr(), values.numel(), limit, threads()))
+    return torch.tensor(_within(values.data_ptr(), values.numel(), limit, threads()) != 0)

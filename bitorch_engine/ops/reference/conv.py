@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format, unpack
+from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
 
 
 class Convolution(NamedTuple):
@@ -43,6 +44,8 @@ class Convolution(NamedTuple):
         for i in range(len(self.pad) // 2):
             padded[-1 - i] += self.pad[2 * i] + self.pad[2 * i + 1]
         x = grad.new_empty(1).expand(padded)  # only its shape is used
+        if is_channels_last(grad):  # torch goes by the order of input and weight; otherwise it would copy the gradient
+            weight = in_memory_format(weight, True)
         grad_x = self._backward(grad, x, weight, [True, False, False])[0]
         return F.pad(grad_x, [-n for n in self.pad]) if self.pad else grad_x
 

@@ -55,6 +55,6 @@ def as_int32(value: int) -> int:
 
 
 def _hash_int(x: int) -> int:
-    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
-        x = (x ^ (x >> shift)) * factor & _MASK
-    return x ^ (x >> _SHIFTS[-1])
+    x = (x ^ x >> _SHIFTS[0]) * _FACTORS[0] & _MASK
+    x = (x ^ x >> _SHIFTS[1]) * _FACTORS[1] & _MASK
+    return x ^ x >> _SHIFTS[2]

@@ -32,7 +32,6 @@ def update_(
     grad: Tensor,
     exp_avg_s: Tensor | None,
     exp_avg_l: Tensor | None,
-    *,
     bits: int,
     lr: float,
     beta1: float,
@@ -103,7 +102,7 @@ def direction_(
     return out.view(grad.shape)
 
 
-def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, *, bits: int, key: int) -> None:
+def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, bits: int, key: int) -> None:
     """Add ``delta`` (R, K), in units of the weight, to the levels of a weight, rounded stochastically."""
     rate = level_rate(scale, bits).clamp(-_LARGEST_RATE, _LARGEST_RATE)
     flat = delta.reshape(-1)
@@ -165,12 +164,19 @@ def _move_(
     return m * rate / (v.sqrt() + least)
 
 
-def all_within(values: Tensor, limit: float) -> bool:
-    """Whether all values lie between -limit and limit, exclusive; NaN does not. No temporary of their size is made."""
+def all_within(values: Tensor, limit: float) -> Tensor:
+    """Whether all values lie between -limit and limit, exclusive; NaN does not. 0-dim bool.
+
+    No temporary of their size is made.
+    """
     if values.numel() == 0:
-        return True
+        return torch.ones((), dtype=torch.bool, device=values.device)
     low, high = torch.aminmax(values)
-    return bool((high < limit) & (low > -limit))
+    return (high < limit) & (low > -limit)
+
+
+def all_within_fake(values: Tensor, limit: float) -> Tensor:
+    return values.new_empty((), dtype=torch.bool)
 
 
 def channel_second_moment_(exp_avg_s: Tensor, grad_rows: Tensor, *, beta2: float, grad_factor: float) -> None:

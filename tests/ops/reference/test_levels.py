@@ -10,7 +10,10 @@ from bitorch_engine.ops.reference.levels import move_levels_, step_noise
 
 WIDTHS = range(1, 9)
 
-CPU = torch.device("cpu")
+
+def move_(packed: Tensor, residual: Tensor, bits: int, *, start: int, move: Tensor, key: int) -> None:
+    noise = step_noise(key, start, move.numel(), move.device)
+    move_levels_(packed, residual, bits, start=start, move=move, noise=noise)
 
 
 def planes(levels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,7 @@ def test_levels_are_read_and_written_at_any_multiple_of_eight(bits: int) -> None
 def test_a_whole_move_is_exact_and_clamped(bits: int, move: float) -> None:
     levels = torch.arange(256).to(torch.uint8)
     packed, residual = planes(levels, bits)
-    move_levels_(packed, residual, bits, start=0, move=torch.full((256,), move), noise=step_noise(1, 0, 256, CPU))
+    move_(packed, residual, bits, start=0, move=torch.full((256,), move), key=1)
     expected = (torch.arange(256) + move).clamp(0, 255).to(torch.uint8)
     assert torch.equal(levels_of(packed, residual, bits, 256), expected)
 
@@ -55,9 +58,7 @@ def test_a_fraction_of_a_level_is_moved_on_average(move: float) -> None:
     levels = torch.full((count,), 128, dtype=torch.uint8)
     packed, residual = planes(levels, 3)
     for key in range(steps):
-        move_levels_(
-            packed, residual, 3, start=0, move=torch.full((count,), move), noise=step_noise(key, 0, count, CPU)
-        )
+        move_(packed, residual, 3, start=0, move=torch.full((count,), move), key=key)
     moved = levels_of(packed, residual, 3, count).double() - 128
     part = abs(move) % 1
     error = (part * (1 - part) / count / steps) ** 0.5
@@ -68,9 +69,9 @@ def test_a_fraction_of_a_level_is_moved_on_average(move: float) -> None:
 def test_the_rounding_of_an_element_does_not_depend_on_the_slicing() -> None:
     move = torch.randn(800)
     whole, parts = planes(torch.full((800,), 100, dtype=torch.uint8), 4), planes(torch.full((800,), 100).byte(), 4)
-    move_levels_(*whole, 4, start=0, move=move, noise=step_noise(9, 0, move.numel(), CPU))
+    move_(*whole, 4, start=0, move=move, key=9)
     for start, stop in ((0, 8), (8, 256), (256, 800)):
-        move_levels_(*parts, 4, start=start, move=move[start:stop], noise=step_noise(9, start, stop - start, CPU))
+        move_(*parts, 4, start=start, move=move[start:stop], key=9)
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
 
 
@@ -115,3 +116,27 @@ def test_at_one_bit_dithered_residuals_lean_towards_the_other_code_and_are_symme
     # weights of a normal distribution are denser near zero, which lies between level 127 and 128
     assert float(below.mean()) > 64 + 10 and float(above.mean()) < 192 - 10
     assert abs(float(below.mean() + above.mean()) - 255) < 1.5
+
+
+def test_the_noise_of_an_element_does_not_depend_on_where_one_starts() -> None:
+    whole = step_noise(5, 0, 1000, torch.device("cpu"))
+    for start, stop in ((0, 8), (8, 64), (64, 136), (120, 1000), (999, 1000)):
+        assert torch.equal(step_noise(5, start, stop - start, torch.device("cpu")), whole[start:stop])
+    assert whole.unique().numel() > 990
+
+
+@pytest.mark.parametrize(("first", "second"), [(23, 23), (19, 19), (-19, -19), (-19, 23), (23, -19)])
+def test_elements_that_share_a_hash_have_noise_that_does_not_correlate(first: int, second: int) -> None:
+    """Widths of noise, upper bits, or lower ones where negative."""
+    noise = step_noise(3, 0, 1 << 20, torch.device("cpu")).view(-1, 2, 64)
+
+    def uniform(bits: Tensor, width: int) -> Tensor:
+        shift = 32 - abs(width)
+        part = (bits >> shift if width > 0 else bits) & ((1 << abs(width)) - 1)
+        return part.double().view(-1) / 2 ** abs(width)
+
+    a, b = uniform(noise[:, 0], first), uniform(noise[:, 1], second)
+    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 5 / a.numel() ** 0.5
+    counts = torch.bincount((a * 16).long() * 16 + (b * 16).long(), minlength=256).double()
+    statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+    assert abs(statistic - 255) < 5 * 510**0.5

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from bitorch_engine.ops import direction_, moment_fits, new_moment, noise_bits, noise_key
@@ -52,8 +54,8 @@ def spacing(values: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
     """No two neighbouring stored values around these lie farther apart."""
     if dtype != torch.uint8:
         return values.abs() * (2**-7 if dtype == torch.bfloat16 else 2**-10) + 2**-24
-    unit = 2 * values.abs().view(-1, BLOCK).amax(1).repeat_interleave(BLOCK) / (247 if signed else 63487)
-    return (values.abs() + unit) * 2**-4
+    largest = values.abs().view(-1, BLOCK).amax(1).repeat_interleave(BLOCK)
+    return (values.abs() + largest * 2.0 ** (-7 if signed else -15)) / 16
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["first", "second"])
@@ -61,11 +63,10 @@ def spacing(values: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
 def test_the_mean_of_what_is_stored_over_many_keys_is_the_value(dtype: torch.dtype, signed: bool) -> None:
     keys = 1000
     values = torch.randn(2 * BLOCK)
-    values = (values if signed else values.square()).double()
+    # squares from 1e-5 on: an 8-bit second moment that is smaller than its first code is stored as that
+    values = (values if signed else values.square().clamp_min(1e-3)).double()
     seen = torch.stack([store_and_load(values.float(), dtype, noise_key(key), signed=signed) for key in range(keys)])
     gap = spacing(values, dtype, signed=signed)
-    kept = values.abs() >= gap if dtype == torch.uint8 and not signed else values == values  # the rest stays positive
-    seen, values, gap = seen[:, kept], values[kept], gap[kept]
     off = seen.mean(0) - values
     # five standard errors, and what a neighbour that is rarer than one in a hundred keys may contribute
     assert bool((off.abs() < 5 * seen.std(0) / keys**0.5 + 0.012 * gap).all())
@@ -81,15 +82,31 @@ def test_a_stored_value_is_one_of_the_two_neighbours(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
-def test_zero_is_kept_exactly_and_what_has_few_bits_nearly(dtype: torch.dtype) -> None:
+def test_zero_is_kept_exactly_beside_any_other_value(dtype: torch.dtype) -> None:
     values = torch.zeros(3 * BLOCK)
     values[5], values[2 * BLOCK] = -1.5, 0.75
-    tolerance = 2**-4 if dtype == torch.uint8 else 0
     for key in range(200):
         for signed, wanted in ((True, values), (False, values.abs())):
-            found = store_and_load(wanted, dtype, noise_key(key), signed=signed).float()
-            assert bool((found[wanted == 0] == 0).all())
-            assert bool(((found - wanted).abs() <= tolerance * wanted.abs()).all())
+            seen = store_and_load(wanted, dtype, noise_key(key), signed=signed)
+            assert torch.equal(seen == 0, wanted == 0)
+            assert torch.allclose(seen.float(), wanted, rtol=1 / 16, atol=0)
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["first", "second"])
+@given(st.floats(2.0**-100, 2.0**120, width=32), st.integers(0, 2**32 - 1))
+def test_the_largest_of_a_block_in_8_bits_has_a_code_at_any_size(signed: bool, largest: float, key: int) -> None:
+    values = torch.full((BLOCK,), largest)
+    values[::2] *= torch.rand(BLOCK // 2)
+    seen = store_and_load(values, torch.uint8, key, signed=signed)
+    assert bool(((seen - values).abs() <= spacing(values.double(), torch.uint8, signed=signed) * 1.01).all())
+
+
+@given(st.lists(st.floats(0, 2.0**-90, width=32), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_denormal_moments_in_8_bits_stay_finite_and_near(values: list[float], key: int) -> None:
+    given_values = torch.tensor(values)
+    for signed in (True, False):
+        seen = store_and_load(given_values, torch.uint8, key, signed=signed)
+        assert bool(((seen - given_values).abs() <= given_values.amax() / 16 + 2.0**-129).all())
 
 
 def test_a_positive_second_moment_never_becomes_zero_in_8_bits() -> None:
@@ -128,9 +145,9 @@ def test_the_second_moment_of_stationary_gradients_stays_at_their_variance(dtype
         direction_(grad, v, None, eps=0.0, dtype=torch.float32, key=noise_key(t), **settings)
     stored = load_moment(v, 0, sigma.numel(), torch.float64, signed=False)
     ratio = (stored / sigma.double().square() / (1 - beta2**steps)).view(-1, 4 * BLOCK)
-    # averages of about a thousand squares of a normal variable, over 512 elements: standard error 0.2 %
-    assert float((ratio.mean(1) - 1).abs().max()) < 0.01
-    assert float(ratio.min()) > 0.5
+    # over 512 elements: the squares' own noise has a standard error of 0.2 %, that of rounding to 8 bits 0.7 %
+    assert float((ratio.mean(1) - 1).abs().max()) < (0.025 if dtype == torch.uint8 else 0.01)
+    assert float(ratio.min()) > (0.4 if dtype == torch.uint8 else 0.5)
 
 
 @pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)

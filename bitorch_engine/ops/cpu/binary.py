@@ -1,0 +1,181 @@
+"""Convolutions of 1-bit activations with 1-bit weights, by exclusive or and population count."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.ops.cpu.arranged import arranged
+from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
+from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.reference import quantized_conv as reference
+from bitorch_engine.ops.reference.conv import Convolution
+from bitorch_engine.ops.reference.layout import is_channels_last, new_output
+
+_arranged_words = function("be_binary_arranged_words", POINTER, result=INT64)
+_arrange = function("be_binary_arrange", POINTER, POINTER, POINTER, INT)
+_conv = function("be_binary_conv", *[POINTER] * 8)
+
+_DEEPEST = 1 << 22  # products a result: float32 holds every total
+_FEWEST = 16  # channels of a group: fewer leave most of their 32-bit word empty
+
+_Strides = ctypes.c_int64 * 5
+
+
+class _Arguments(ctypes.Structure):
+    """BinaryArguments of csrc/binary/binary.cpp."""
+
+    _fields_ = (
+        ("geometry", Geometry),
+        ("codes", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int64),
+        ("x_strides", _Strides),
+        ("out_dtype", ctypes.c_int64),
+        ("out_strides", _Strides),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def suits(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[int], *fields: Any) -> bool:
+    """Whether this is the kernel for activations of ``shape`` and that geometry."""
+    _, _, _, transposed, *_ = fields
+    return a_bit == 1 and w_bit == 1 and not transposed and weight_shape[1] >= _FEWEST
+
+
+class _Problem:
+    """The arguments of the kernel that do not change from call to call."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        out: tuple[int, ...],
+        weight_shape: tuple[int, ...],
+        convolution: Convolution,
+        x_dtype: torch.dtype,
+        x_strides: tuple[int, ...],
+        dtype: torch.dtype,
+        channels_last: bool,
+        thread_count: int,
+    ) -> None:
+        c = convolution
+        self.out = out
+        self.strides = new_output(torch.empty(0, device="meta"), out, dtype, channels_last).stride()
+        self.arguments = _Arguments(
+            geometry(shape, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out),
+            not x_strides,
+            DTYPES[x_dtype],
+            _five(x_strides or (0,) * len(shape)),
+            DTYPES[dtype],
+            _five(self.strides),
+            thread_count,
+        )
+        self.address = ctypes.addressof(self.arguments)
+        self.order = ("binary", weight_shape, c.groups)  # what the order of the weights depends on
+
+    def arrange(self, packed: Tensor) -> Tensor:
+        """The weight in the kernel's order."""
+        place = ctypes.addressof(self.arguments.geometry)
+        weights = torch.empty(_arranged_words(place), dtype=torch.int32)
+        _arrange(place, packed.data_ptr(), weights.data_ptr(), self.arguments.threads)
+        return weights
+
+    def run(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        packed: Tensor,
+        channel_scale: Tensor,
+        bias: Tensor | None,
+        poison: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        keep: bool,
+    ) -> Tensor:
+        weights = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
+        bias = None if bias is None else bias.to(torch.float32)
+        y = torch.empty_strided(self.out, self.strides, dtype=dtype)
+        _conv(
+            self.address,
+            x.data_ptr(),
+            scale.data_ptr(),
+            weights.data_ptr(),
+            channel_scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if poison is None else poison.data_ptr(),
+            y.data_ptr(),
+        )
+        return y
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    fields: tuple[Any, ...],
+    x_dtype: torch.dtype,
+    x_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thread_count: int,
+    channels_last: bool | None = None,
+) -> _Problem | None:
+    """x_strides: empty where x are codes, and then channels_last is given. None for what the kernel does not have."""
+    if channels_last is None:
+        channels_last = is_channels_last(torch.empty_strided(shape, x_strides, device="meta"))
+    convolution = Convolution(*fields)
+    out = tuple(convolution.output_shape(shape, weight_shape))
+    if {x_dtype, dtype} - DTYPES.keys() or len(shape) > 5 or prod(weight_shape[1:]) > _DEEPEST or min(*shape, *out) < 1:
+        return None
+    return _Problem(shape, out, weight_shape, convolution, x_dtype, x_strides, dtype, channels_last, thread_count)
+
+
+def conv(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    w_bit: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Tensor:
+    """The op ``conv`` for what ``suits``."""
+    dtype = x.dtype
+    problem = _problem(x.shape, tuple(weight_shape), hashable(fields), dtype, x.stride(), dtype, threads())
+    if problem is None:
+        return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
+    return problem.run(x, scale, packed, channel_scale, bias, None, dtype, keep=True)
+
+
+def conv_codes(
+    codes: Tensor,
+    shape: Sequence[int],
+    scale: Tensor,
+    low: Tensor,
+    poison: Tensor,
+    a_bit: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    w_bit: int,
+    weight_shape: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    """The op ``conv_codes`` for what ``suits``."""
+    *fields, dtype, channels_last = rest
+    key = (tuple(shape), tuple(weight_shape), hashable(fields))
+    problem = _problem(*key, torch.float32, (), dtype, threads(), channels_last)
+    if problem is None:
+        head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
+        return reference.conv_codes(*head, weight_shape, *rest)
+    return problem.run(codes, scale, packed, channel_scale, None, poison, dtype, keep=False)
+
+
+def _five(strides: Sequence[int]) -> Any:
+    """In the order of (N, C, depth, height, width)."""
+    sample, channel, *steps = strides
+    return _Strides(sample, channel, *[0] * (3 - len(steps)), *steps)

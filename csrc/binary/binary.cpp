@@ -1,0 +1,321 @@
+#include "binary/binary.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "binary/image.h"
+#include "qconv/product.h"
+#include "qconv/qconv.h"
+#include "runtime/parallel.h"
+
+namespace bitorch_engine {
+namespace binary {
+
+const Kernel<MultiplyFunction> multiply_kernel{
+    "binary.multiply", {multiply_scalar, BE_ARM(multiply_neon), BE_X86(multiply_avx2), BE_X86(multiply_avx512)}};
+const Kernel<SignFunction> sign_kernel{
+    "binary.sign", {sign_scalar, BE_ARM(sign_neon), BE_X86(sign_avx2), BE_X86(sign_avx512)}};
+const Kernel<ArrangeFunction> arrange_kernel{
+    "binary.arrange", {arrange_scalar, nullptr, BE_X86(arrange_avx2), BE_X86(arrange_avx512)}};
+
+namespace {
+
+constexpr int64_t TILES_AT_ONCE = 16;  // their pixels share the weights of a block while those are in the L1 cache
+constexpr int64_t PRODUCTS_A_THREAD = 1 << 24;  // at least: 10 us
+static_assert(LANES == BLOCK && MOST_BLOCKS * LANES == COLUMNS, "totals are finished by the engine's kernel");
+
+// Result positions of one dimension that read the same taps, low .. high - 1: the others lie outside of the image.
+struct Span {
+  int64_t first, count, low, high;
+};
+
+std::vector<Span> spans(const Geometry& g, int d) {
+  const int64_t in = g.in[d], kernel = g.kernel[d], stride = g.stride[d], dilation = g.dilation[d];
+  std::vector<Span> found;
+  for (int64_t y = 0, next; y < g.out[d]; y = next) {
+    const int64_t base = y * stride - g.pad[d];
+    const int64_t high = std::clamp<int64_t>((in - base + dilation - 1) / dilation, 0, kernel);
+    const int64_t low = std::clamp<int64_t>((-base + dilation - 1) / dilation, 0, high);
+    next = y + 1;
+    if (low == 0 && high == kernel)  // the interior, in one step
+      next = std::min(g.out[d], (in - 1 - (kernel - 1) * dilation + g.pad[d]) / stride + 1);
+    if (!found.empty() && found.back().low == low && found.back().high == high)
+      found.back().count += next - y;
+    else
+      found.push_back({y, next - y, low, high});
+  }
+  return found;
+}
+
+// All result pixels that read the same taps, cut into tiles along one of the dimensions.
+struct Box {
+  Span span[4];  // sample, depth, height, width
+  int along;
+  int64_t pieces;      // tiles that a line of that dimension is cut into
+  int64_t first_tile;  // of all boxes
+
+  int64_t count() const { return span[0].count * span[1].count * span[2].count * span[3].count; }
+  int64_t tiles() const { return count() / span[along].count * pieces; }
+  int64_t end() const { return first_tile + tiles(); }
+};
+
+std::vector<Box> boxes(const Geometry& g) {
+  std::vector<Box> found;
+  const Span samples{0, g.batch, 0, 1};
+  int64_t first = 0;
+  const std::vector<Span> depth = spans(g, 0), height = spans(g, 1), width = spans(g, 2);
+  for (const Span& z : depth)
+    for (const Span& y : height)
+      for (const Span& x : width) {
+        Box box{{samples, z, y, x}, 3, 0, first};
+        int64_t fewest = std::numeric_limits<int64_t>::max();
+        for (int d = 3; d >= 0; --d) {
+          const int64_t length = box.span[d].count, pieces = (length + MOST_PIXELS - 1) / MOST_PIXELS;
+          if (box.count() / length * pieces >= fewest) continue;
+          fewest = box.count() / length * pieces;
+          box.along = d;
+          box.pieces = pieces;
+        }
+        first += box.tiles();
+        found.push_back(box);
+      }
+  return found;
+}
+
+// What stays the same over a whole call.
+struct Call {
+  const Geometry& geometry;
+  const std::vector<Box>& boxes;
+  const uint32_t* image;
+  const uint32_t* weights;
+  const float* factor;
+  const float* added;  // or null
+  uint8_t* out;
+  Dtype dtype;
+  int64_t out_channel, out_steps[4];  // strides of the result in elements: of channels, and as those of a Box
+
+  int64_t words() const { return words_of(geometry.in_channels / geometry.groups); }
+  int64_t pitch() const { return geometry.groups * words(); }  // words of one pixel
+  int64_t results() const { return geometry.out_channels / geometry.groups; }
+  int64_t blocks() const { return (results() + LANES - 1) / LANES; }
+  int64_t block_words() const { return LANES * geometry.taps() * words(); }
+  int64_t element() const { return dtype == FLOAT32 ? 4 : 2; }
+};
+
+// The pixels of a tile: where they read, in words, and where they write, in elements.
+struct Place {
+  const Box* box;
+  int64_t count, image, image_step, out, out_step;
+};
+
+// Goes from tile to tile, without a division: there are as many tiles as there are microseconds of work in a few.
+class Walk {
+ public:
+  Walk(const Call& call, int64_t tile) : call_(call), box_(call.boxes.data()) {
+    const Geometry& g = call.geometry;
+    const int64_t line = g.in[2] * call.pitch(), plane = g.in[1] * line;
+    const int64_t steps[4] = {g.in[0] * plane, plane, line, call.pitch()};
+    const int64_t stride[4] = {1, g.stride[0], g.stride[1], g.stride[2]}, pad[4] = {0, g.pad[0], g.pad[1], g.pad[2]};
+    origin_ = 0;
+    for (int d = 0; d < 4; ++d) {
+      origin_ -= pad[d] * steps[d];
+      image_steps_[d] = stride[d] * steps[d];
+    }
+    while (tile >= box_->end()) ++box_;
+    tile -= box_->first_tile;
+    left_ = box_->tiles() - tile;
+    piece_ = tile % box_->pieces;
+    tile /= box_->pieces;
+    for (int d = 3; d >= 0; --d) {
+      at_[d] = d == box_->along ? 0 : tile % box_->span[d].count;
+      if (d != box_->along) tile /= box_->span[d].count;
+    }
+    cut();
+  }
+
+  // Of the tile where it stands; then it stands at the next one.
+  Place next() {
+    if (left_ == 0) {
+      ++box_;
+      left_ = box_->tiles();
+      piece_ = 0;
+      std::fill_n(at_, 4, 0);
+      cut();
+    }
+    const int along = box_->along;
+    const int64_t shorter = piece_ < longer_ ? 0 : 1;
+    Place place{box_, length_ - shorter, origin_, image_steps_[along], 0, call_.out_steps[along]};
+    at_[along] = piece_ * length_ - (shorter ? piece_ - longer_ : 0);
+    for (int d = 0; d < 4; ++d) {
+      const int64_t position = box_->span[d].first + at_[d];
+      place.image += position * image_steps_[d];
+      place.out += position * call_.out_steps[d];
+    }
+    --left_;
+    if (++piece_ == box_->pieces) {
+      piece_ = 0;
+      for (int d = 3; d >= 0; --d) {
+        if (d == along) continue;
+        if (++at_[d] < box_->span[d].count) break;
+        at_[d] = 0;
+      }
+    }
+    return place;
+  }
+
+ private:
+  // The first `longer_` pieces of a line have length_ pixels, the others one less.
+  void cut() {
+    const int64_t count = box_->span[box_->along].count;
+    length_ = (count + box_->pieces - 1) / box_->pieces;
+    longer_ = count - box_->pieces * (length_ - 1);
+  }
+
+  const Call& call_;
+  const Box* box_;
+  int64_t origin_, image_steps_[4];  // words
+  int64_t left_, piece_, at_[4];     // tiles in this box; piece of the line; the line, from the start of the box
+  int64_t length_, longer_;
+};
+
+// Writes what a pixel of the box reads; returns the number of segments.
+int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
+  const Geometry& g = call.geometry;
+  const Span &z = box.span[1], &y = box.span[2], &x = box.span[3];
+  const int64_t words = call.words(), step = g.dilation[2] * call.pitch();
+  const int64_t taps = x.high - x.low, together = step == words ? taps : 1;
+  int64_t count = 0;
+  for (int64_t a = z.low; a < z.high; ++a)
+    for (int64_t b = y.low; b < y.high; ++b)
+      for (int64_t c = x.low; c < x.high; c += together) {
+        const int64_t line = a * g.dilation[0] * g.in[1] + b * g.dilation[1];
+        const int64_t tap = (a * g.kernel[1] + b) * g.kernel[2] + c;
+        segments[count++] = {line * g.in[2] * call.pitch() + c * step, tap * words, together * words};
+      }
+  return count;
+}
+
+// One thread's share: tiles first_tile .. last_tile of all boxes, blocks first_block .. last_block of one group.
+void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t last_tile, int64_t first_block,
+                   int64_t last_block) {
+  const auto multiply = multiply_kernel.pick();
+  const auto finish = finish_kernel.pick();
+  const int64_t block_words = call.block_words(), channels = call.geometry.in_channels / call.geometry.groups;
+  const bool in_place = call.dtype == FLOAT32 && call.out_channel == 1;
+  const std::unique_ptr<Segment[]> segments(new Segment[call.geometry.taps()]);
+  constexpr int64_t pixels = TILES_AT_ONCE * MOST_PIXELS;
+  const std::unique_ptr<int32_t[]> totals(new int32_t[pixels * COLUMNS]);
+  const int32_t zero_sum[COLUMNS] = {};
+  void* rows[pixels];
+  Place places[TILES_AT_ONCE];
+
+  Walk walk(call, first_tile);
+  for (int64_t first = first_tile; first < last_tile; first += TILES_AT_ONCE) {
+    const int64_t count = std::min(TILES_AT_ONCE, last_tile - first);
+    for (int64_t i = 0; i < count; ++i) places[i] = walk.next();
+    const Box* current = nullptr;
+    Tile tile{};
+    tile.segments = segments.get();
+    tile.block_words = block_words;
+    for (int64_t b = first_block; b < last_block; b += MOST_BLOCKS) {
+      const int64_t channel = group * call.results() + b * LANES;
+      const int64_t some = std::min(COLUMNS, call.results() - b * LANES);
+      tile.blocks = std::min(MOST_BLOCKS, last_block - b);
+      tile.weights = call.weights + (group * call.blocks() + b) * block_words;
+      tile.factor = call.factor + channel;
+      tile.added = call.added ? call.added + channel : nullptr;
+      const bool direct = in_place && some >= tile.blocks * LANES;
+      int64_t row = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const Place& place = places[i];
+        if (place.box != current) {
+          current = place.box;
+          tile.segment_count = segments_of(call, *current, segments.get());
+          int64_t taps = 1;
+          for (int d = 1; d < 4; ++d) taps *= current->span[d].high - current->span[d].low;
+          tile.products = static_cast<int32_t>(taps * channels);
+        }
+        tile.image = call.image + place.image + group * call.words();
+        tile.image_step = place.image_step;
+        tile.count = place.count;
+        if (direct) {
+          tile.out = reinterpret_cast<float*>(call.out) + place.out + channel;
+          tile.out_step = place.out_step;
+        } else {
+          tile.totals = totals.get() + row * COLUMNS;
+          for (int64_t m = 0; m < place.count; ++m)
+            rows[row++] = call.out + (place.out + m * place.out_step + channel * call.out_channel) * call.element();
+        }
+        multiply(tile);
+      }
+      tile.totals = nullptr;
+      if (!direct) {
+        const Epilogue epilogue{zero_sum, tile.factor, tile.added, nullptr, 0, call.dtype, false, 0};
+        finish(totals.get(), row, std::min(some, tile.blocks * LANES), epilogue, rows, call.out_channel);
+      }
+    }
+  }
+}
+
+void multiply_all(const Call& call, int threads) {
+  const Geometry& g = call.geometry;
+  const int64_t tiles = call.boxes.back().end();
+  const int64_t tile_products = MOST_PIXELS * g.in_channels / g.groups * g.taps();
+  for (int64_t group = 0; group < g.groups; ++group) {
+    // Threads share the pixels; where those are few, the channels.
+    if (tiles >= 4 * threads || call.blocks() < 2 * MOST_BLOCKS) {
+      const int64_t grain = 1 + PRODUCTS_A_THREAD / (tile_products * call.results());
+      parallel_for(tiles, grain, threads, [&](int64_t first, int64_t last) {
+        multiply_part(call, group, first, last, 0, call.blocks());
+      });
+    } else {
+      const int64_t grain = (1 + PRODUCTS_A_THREAD / (tile_products * COLUMNS * tiles)) * MOST_BLOCKS;
+      parallel_for(call.blocks(), grain, threads, [&](int64_t first, int64_t last) {
+        multiply_part(call, group, 0, tiles, first, last);
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace binary
+}  // namespace bitorch_engine
+
+using namespace bitorch_engine;
+using namespace bitorch_engine::binary;
+
+// The arguments of be_binary_conv that are not tensors of a layer; ops/cpu/binary.py has the same fields. Strides are in
+// elements and in the order of (N, C, depth, height, width).
+struct BinaryArguments {
+  Geometry geometry;
+  int64_t codes;  // whether x is a packed stream of codes; else floats
+  int64_t x_dtype, x_strides[5];
+  int64_t out_dtype, out_strides[5];
+  int64_t threads;
+};
+
+// out = float(total) * (channel_scale * *scale) + bias + *poison. bias, poison: null for none; NaN where a float is not
+// finite.
+BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const float* scale, const uint32_t* weights,
+                              const float* channel_scale, const float* bias, const float* poison, void* out) {
+  const Geometry& g = a->geometry;
+  const int threads = static_cast<int>(a->threads);
+  const Image image = a->codes ? Image(g, static_cast<const uint8_t*>(x), threads)
+                               : Image(g, x, static_cast<Dtype>(a->x_dtype), a->x_strides, 1 / *scale, threads);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float everywhere = image.odd() ? nan : poison ? *poison : 0.0f;
+  const std::unique_ptr<float[]> factor(new float[g.out_channels]);
+  for (int64_t o = 0; o < g.out_channels; ++o) factor[o] = channel_scale[o] * *scale;
+  std::unique_ptr<float[]> added;
+  if (bias || everywhere != 0) {
+    added.reset(new float[g.out_channels]);
+    for (int64_t o = 0; o < g.out_channels; ++o) added[o] = (bias ? bias[o] : 0.0f) + everywhere;
+  }
+  const int64_t* s = a->out_strides;
+  const std::vector<Box> all = boxes(g);
+  multiply_all({g, all, image.words(), weights, factor.get(), added.get(), static_cast<uint8_t*>(out),
+                static_cast<Dtype>(a->out_dtype), s[1], {s[0], s[2], s[3], s[4]}},
+               threads);
+}

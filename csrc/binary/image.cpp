@@ -1,0 +1,100 @@
+#include "binary/image.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "runtime/parallel.h"
+
+namespace bitorch_engine {
+namespace binary {
+namespace {
+
+constexpr int64_t GRAIN = 1 << 15;  // values a thread takes at least
+
+// Pixels that lie at equal distances in x, in the order of the image: `runs` times `length` of them.
+struct Runs {
+  int64_t length = 1, step = 0;
+  int dims = 0;
+  int64_t sizes[4], strides[4];  // of what is around a run, the innermost first
+
+  Runs(const int64_t* size, const int64_t* stride, int count) {
+    int d = count - 1;
+    for (; d >= 0 && (length == 1 || size[d] == 1 || stride[d] == length * step); --d) {
+      if (size[d] == 1) continue;
+      if (length == 1) step = stride[d];
+      length *= size[d];
+    }
+    for (; d >= 0; --d) {
+      if (size[d] == 1) continue;
+      sizes[dims] = size[d];
+      strides[dims++] = stride[d];
+    }
+  }
+
+  int64_t offset(int64_t run) const {
+    int64_t at = 0;
+    for (int d = 0; d < dims; ++d, run /= sizes[d - 1]) at += run % sizes[d] * strides[d];
+    return at;
+  }
+};
+
+}  // namespace
+
+Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strides, float inverse_scale, int threads) {
+  int64_t channels = g.in_channels / g.groups, groups = g.groups;
+  const int64_t pixels = g.batch * g.in_pixels(), pitch = groups * words_of(channels), element = dtype == FLOAT32 ? 4 : 2;
+  own_.reset(new uint32_t[pixels * pitch]);
+  words_ = own_.get();
+  const int64_t sizes[4] = {g.batch, g.in[0], g.in[1], g.in[2]};
+  const int64_t steps[4] = {strides[0], strides[2], strides[3], strides[4]};
+  const Runs runs(sizes, steps, 4);
+  const int64_t channel_stride = g.in_channels == 1 ? 1 : strides[1];
+  if (channels % WORD == 0) {
+    channels *= groups;
+    groups = 1;
+  }
+  // Where channels lie together and fill their words, pixels are no more than further channels.
+  const bool dense = channel_stride == 1 && groups == 1 && channels % WORD == 0 && runs.step == channels;
+  const auto sign = sign_kernel.pick();
+  std::atomic<bool> odd{false};
+  const int64_t grain = std::max<int64_t>(1, GRAIN / g.in_channels);
+  parallel_for(pixels, grain, threads, [&](int64_t first, int64_t last) {
+    bool seen = false;
+    while (first < last) {
+      const int64_t run = first / runs.length, at = first % runs.length, count = std::min(last - first, runs.length - at);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t start = runs.offset(run) + at * runs.step + group * channels * channel_stride;
+        Floats floats{static_cast<const uint8_t*>(x) + start * element, dtype, runs.step, channel_stride, count, channels,
+                      inverse_scale};
+        if (dense) {
+          floats.pixels = 1;
+          floats.channels = count * channels;
+        }
+        seen |= sign(floats, own_.get() + first * pitch + group * words_of(channels), pitch);
+      }
+      first += count;
+    }
+    if (seen) odd = true;
+  });
+  odd_ = odd;
+}
+
+Image::Image(const Geometry& g, const uint8_t* codes, int threads) {
+  const int64_t channels = g.in_channels / g.groups, words = words_of(channels);
+  if (channels % WORD == 0 && reinterpret_cast<uintptr_t>(codes) % alignof(uint32_t) == 0) {
+    words_ = reinterpret_cast<const uint32_t*>(codes);
+    return;
+  }
+  const int64_t runs = g.batch * g.in_pixels() * g.groups, bytes = (runs * channels + 7) / 8;
+  own_.reset(new uint32_t[runs * words]);
+  words_ = own_.get();
+  parallel_for(runs, std::max<int64_t>(1, GRAIN / channels), threads, [&](int64_t first, int64_t last) {
+    uint32_t* to = own_.get() + first * words;
+    for (int64_t run = first; run < last; ++run)
+      for (int64_t c = 0; c < channels; c += WORD)
+        *to++ = bits_at(codes, bytes, run * channels + c, std::min(WORD, channels - c));
+  });
+}
+
+}  // namespace binary
+}  // namespace bitorch_engine

@@ -1,0 +1,41 @@
+// The bits of the activations as the kernels read them: (N, depth, height, width, groups, words) of 32 bits each.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "binary/binary.h"
+#include "runtime/geometry.h"
+
+namespace bitorch_engine {
+namespace binary {
+
+static inline int64_t words_of(int64_t channels) { return (channels + WORD - 1) / WORD; }
+
+// `count` bits, at most WORD, from `bit` on of a packed stream that ends after `bytes`.
+static inline uint32_t bits_at(const uint8_t* stream, int64_t bytes, int64_t bit, int64_t count) {
+  const int64_t byte = bit / 8;
+  uint64_t window = 0;
+  std::memcpy(&window, stream + byte, bytes - byte < 8 ? bytes - byte : 8);
+  return static_cast<uint32_t>(window >> bit % 8 & ((uint64_t{1} << count) - 1));
+}
+
+class Image {
+ public:
+  // The signs of x * inverse_scale; strides in elements, in the order of (N, C, depth, height, width).
+  Image(const Geometry& geometry, const void* x, Dtype dtype, const int64_t* strides, float inverse_scale, int threads);
+  // A packed stream of 1-bit codes in channels-last order. Where channels fill their words, it is the image.
+  Image(const Geometry& geometry, const uint8_t* codes, int threads);
+
+  const uint32_t* words() const { return words_; }
+  bool odd() const { return odd_; }  // whether a float was not finite
+
+ private:
+  std::unique_ptr<uint32_t[]> own_;
+  const uint32_t* words_ = nullptr;
+  bool odd_ = false;
+};
+
+}  // namespace binary
+}  // namespace bitorch_engine

@@ -1,0 +1,50 @@
+"""``bitorch-engine info`` says which kernels are in use, and why."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from bitorch_engine.cli import info
+from bitorch_engine.cli.app import app
+from bitorch_engine.ops import cpu
+
+compiled = pytest.mark.skipif(not cpu.available_isas(), reason="the kernels are not compiled")
+
+
+def facts() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads(CliRunner().invoke(app, ["info", "--json"]).output)
+    return found
+
+
+@compiled
+def test_each_kernel_is_listed_with_the_instruction_set_in_use() -> None:
+    best = cpu.available_isas()[-1]
+    found = facts()
+    assert found["instruction set"] == f"{cpu.current_isa()}, the best that this processor has and the kernels know"
+    assert set(found["kernels"]) == set(cpu.kernels())
+    assert found["backends"] == ["reference", "cpu"]
+    assert {found["ops"]["pack"], found["ops"]["conv"]} == {"kernels"}
+    with cpu.cap_isa("scalar"):
+        capped = facts()
+    assert all(used.startswith("scalar of scalar") for used in capped["kernels"].values())
+    if best != "scalar":
+        assert capped["instruction set"] == f"scalar, capped by BITORCH_ENGINE_CPU; without it {best}"
+
+
+@compiled
+def test_the_reference_is_named_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITORCH_ENGINE_BACKEND", "reference")
+    found = facts()
+    assert found["instruction set"].endswith("plain PyTorch: BITORCH_ENGINE_BACKEND=reference")
+    assert set(found["ops"].values()) == {"plain PyTorch"}
+
+
+def test_a_library_that_is_not_there_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.cpu, "why_not_loaded", lambda: "the library does not load: no such wind.")
+    found = facts()
+    assert found["instruction set"] == (
+        "none, everything runs in plain PyTorch: the library does not load: no such wind."
+    )
+    assert (found["kernels"], found["backends"]) == ({}, ["reference"])
+    assert "no such wind" in CliRunner().invoke(app, ["info"]).output
