@@ -32,7 +32,7 @@ struct Call {
   const uint8_t* image;
   const uint8_t* weights;  // arranged: packed, or codes where bits is 8
   int bits;
-  bool wide;
+  int64_t pairs;  // see Tile
   Epilogue epilogue;  // pointers to the first of all: zero_sum is (phases, groups * blocks * 16)
   uint8_t* out;
   int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
@@ -177,7 +177,7 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
       pixels.locate(first, count, bases, places, samples);
       for (int64_t i = 0; i < count; ++i) rows[i] = image + bases[i];
       Tile tile{rows, count, reads.offsets.get(), reads.taps, reads.depth, nullptr, block_bytes, 0, totals,
-                lengths, runs.used ? runs.cut(bases, count, lengths) : 0, call.wide};
+                lengths, runs.used ? runs.cut(bases, count, lengths) : 0, call.pairs};
       if (runs.gather) {
         for (int64_t i = 0; i < count; ++i) {
           uint8_t* row = gathered.get() + i * phase.depth;
@@ -273,7 +273,7 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
                           a->out_bytes != 0, static_cast<int>(a->out_zero)};
   const int64_t element = a->out_bytes ? 1 : a->out_dtype == FLOAT32 ? 4 : 2;
   const Call call{p, image.bytes(), weights, static_cast<int>(a->w_arranged_bits),
-                  2 * image.largest() * largest_weight > 32767, epilogue, static_cast<uint8_t*>(out),
+                  32767 / (2 * image.largest() * largest_weight), epilogue, static_cast<uint8_t*>(out),
                   a->out_sample, a->out_channel, {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
   multiply_all(call, threads);
   return 0;

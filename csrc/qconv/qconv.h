@@ -25,7 +25,7 @@ struct Tile {
   // The rows as runs of at most 16 that are equally far apart, for the matrix unit; others need no runs.
   const uint8_t* runs;
   int64_t run_count;
-  bool wide;  // a sum of two products may not fit 16 bits
+  int64_t pairs;  // so many sums of two products fit 16 bits together
 };
 using MultiplyFunction = void (*)(const Tile& tile);
 

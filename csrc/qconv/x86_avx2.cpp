@@ -7,64 +7,72 @@
 namespace bitorch_engine {
 namespace {
 
-// MR pixels times one block of 16 channels. vpmaddubsw adds two products in 16 bits and saturates: where they may not
-// fit, each weight is taken as 2 * half + bit.
-template <int MR, bool wide>
-void tile(const Tile& t, int64_t first, int64_t block) {
+// MR pixels times half a block of channels. vpmaddubsw adds two products in 16 bits and saturates. PAIRS such sums fit
+// together: so many steps are added there before they are widened, which saves two operations of three. Where not one
+// fits, PAIRS is 0, and each weight is taken as 2 * half + bit.
+template <int MR, int PAIRS>
+void tile(const Tile& t, int64_t first, const int8_t* weights, int32_t* totals) {
+  constexpr int STEPS = PAIRS > 0 ? PAIRS : 1;
   const __m256i one = _mm256_set1_epi16(1);
-  __m256i acc[MR][2];
+  __m256i acc[MR];
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
-  const int8_t* weights = t.weights + block * t.block_bytes;
+  for (int m = 0; m < MR; ++m) acc[m] = _mm256_setzero_si256();
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const uint8_t* pixel[MR];
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
-    for (int64_t k = 0; k < t.tap_depth; k += 4, weights += 64) {
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * j));
-        __m256i half, bit;
-        if (wide) {
-          const __m256i shifted = _mm256_and_si256(_mm256_srli_epi16(_mm256_xor_si256(w, _mm256_set1_epi8(-128)), 1),
-                                                   _mm256_set1_epi8(127));
-          half = _mm256_sub_epi8(shifted, _mm256_set1_epi8(64));
-          bit = _mm256_and_si256(w, _mm256_set1_epi8(1));
-        }
+    for (int64_t k = 0; k < t.tap_depth; k += 4 * STEPS, weights += 64 * STEPS) {
+      __m256i sum[MR];
+#pragma GCC unroll 4
+      for (int g = 0; g < STEPS; ++g) {
+        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 64 * g));
+        const __m256i flipped = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+        const __m256i shifted = _mm256_and_si256(_mm256_srli_epi16(flipped, 1), _mm256_set1_epi8(127));
+        const __m256i half = _mm256_sub_epi8(shifted, _mm256_set1_epi8(64));
+        const __m256i bit = _mm256_and_si256(w, _mm256_set1_epi8(1));
 #pragma GCC unroll 4
         for (int m = 0; m < MR; ++m) {
           int four;
-          __builtin_memcpy(&four, pixel[m] + k, 4);
+          __builtin_memcpy(&four, pixel[m] + k + 4 * g, 4);
           const __m256i x = _mm256_set1_epi32(four);
-          if (wide) {
-            const __m256i halves = _mm256_madd_epi16(_mm256_maddubs_epi16(x, half), _mm256_set1_epi16(2));
-            const __m256i bits = _mm256_madd_epi16(_mm256_maddubs_epi16(x, bit), one);
-            acc[m][j] = _mm256_add_epi32(acc[m][j], _mm256_add_epi32(halves, bits));
+          if (PAIRS > 0) {
+            const __m256i two = _mm256_maddubs_epi16(x, w);
+            sum[m] = g ? _mm256_add_epi16(sum[m], two) : two;
           } else {
-            acc[m][j] = _mm256_add_epi32(acc[m][j], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), one));
+            const __m256i halves = _mm256_madd_epi16(_mm256_maddubs_epi16(x, half), _mm256_set1_epi16(2));
+            sum[m] = _mm256_add_epi32(halves, _mm256_madd_epi16(_mm256_maddubs_epi16(x, bit), one));
           }
         }
       }
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m)
+        acc[m] = _mm256_add_epi32(acc[m], PAIRS > 0 ? _mm256_madd_epi16(sum[m], one) : sum[m]);
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      int32_t* to = t.totals + (first + m) * COLUMNS + block * BLOCK + 8 * j;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), acc[m][j]);
-    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + (first + m) * COLUMNS), acc[m]);
 }
 
-using TileFunction = void (*)(const Tile&, int64_t, int64_t);
-constexpr TileFunction TILES[2][4] = {{tile<1, false>, tile<2, false>, tile<3, false>, tile<4, false>},
-                                      {tile<1, true>, tile<2, true>, tile<3, true>, tile<4, true>}};
+using TileFunction = void (*)(const Tile&, int64_t, const int8_t*, int32_t*);
+template <int PAIRS>
+constexpr TileFunction TILES[3] = {tile<1, PAIRS>, tile<2, PAIRS>, tile<3, PAIRS>};
+
+const TileFunction* tiles_for(const Tile& t) {
+  if (t.pairs >= 4 && t.tap_depth % 16 == 0) return TILES<4>;
+  if (t.pairs >= 2 && t.tap_depth % 8 == 0) return TILES<2>;
+  return t.pairs >= 1 ? TILES<1> : TILES<0>;
+}
 
 }  // namespace
 
 void multiply_avx2(const Tile& t) {
+  const TileFunction* tiles = tiles_for(t);
   for (int64_t b = 0; b < t.blocks; ++b)
-    for (int64_t i = 0; i < t.count; i += 4) TILES[t.wide][(t.count - i < 4 ? t.count - i : 4) - 1](t, i, b);
+    for (int64_t i = 0; i < t.count; i += 3)
+      for (int64_t half = 0; half < 2; ++half)
+        tiles[(t.count - i < 3 ? t.count - i : 3) - 1](t, i, t.weights + b * t.block_bytes + 32 * half,
+                                                       t.totals + b * BLOCK + 8 * half);
 }
 
 void decode_avx2(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
