@@ -23,6 +23,7 @@ _arrange = function("be_qconv_arrange", POINTER, INT, INT, POINTER, INT, INT, PO
 _qconv = function("be_qconv", *[POINTER] * 11, result=INT)
 
 _FLOATS, _CODES, _GRADIENT = 0, 1, 2  # SourceKind of csrc/qconv/image.h
+_FEWEST = 4  # channels of a group: of fewer, as in a depthwise convolution, blocks are mostly filling
 _DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
 
 _Triple = ctypes.c_int64 * 3
@@ -136,6 +137,8 @@ def _problem(
     taps = prod(weight_shape[2:])
     deepest = max(shape[1], out[1]) // convolution.groups * taps
     if {x_dtype, out_dtype} - DTYPES.keys() or len(shape) > 5 or not 0 < deepest < _DEEPEST or min(*shape, *out) < 1:
+        return None
+    if convolution.groups > 1 and min(shape[1], out[1]) // convolution.groups < _FEWEST:
         return None
     forward = kind != _GRADIENT
     result = out if forward else shape
