@@ -110,7 +110,7 @@ class LowBitLayer(nn.Module):
         scale = low = None
         if self.activation is not None:
             self.activation.prepare_(x)
-            scale, low = self.activation.scale, self.activation.low
+            scale, low = self.activation.scale, self.activation.low.to(torch.float32)  # a cast layer casts its buffers
         x, weight = in_autocast_dtype(x), self.weight
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         if scale is not None and isinstance(weight, PackedParameter) and not torch.is_grad_enabled():

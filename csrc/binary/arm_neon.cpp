@@ -59,8 +59,9 @@ void tile(const Tile& t, int64_t first, int64_t block) {
       if (t.totals) {
         vst1q_s32(t.totals + pixel * COLUMNS + o, total);
       } else {
-        const float32x4_t value = vmulq_f32(vcvtq_f32_s32(total), vld1q_f32(t.factor + o));
-        vst1q_f32(t.out + pixel * t.out_step + o, vaddq_f32(value, vld1q_f32(t.added + o)));
+        float32x4_t value = vmulq_f32(vcvtq_f32_s32(total), vld1q_f32(t.factor + o));
+        if (t.added) value = vaddq_f32(value, vld1q_f32(t.added + o));
+        vst1q_f32(t.out + pixel * t.out_step + o, value);
       }
     }
 }

@@ -58,6 +58,7 @@ struct Box {
 
   int64_t count() const { return span[0].count * span[1].count * span[2].count * span[3].count; }
   int64_t tiles() const { return count() / span[along].count * pieces; }
+  int64_t end() const { return first_tile + tiles(); }
 };
 
 std::vector<Box> boxes(const Geometry& g) {
@@ -90,7 +91,7 @@ struct Call {
   const uint32_t* image;
   const uint32_t* weights;
   const float* factor;
-  const float* added;
+  const float* added;  // or null
   uint8_t* out;
   Dtype dtype;
   int64_t out_channel, out_steps[4];  // strides of the result in elements: of channels, and as those of a Box
@@ -103,35 +104,81 @@ struct Call {
   int64_t element() const { return dtype == FLOAT32 ? 4 : 2; }
 };
 
-// Pixels of a tile: where they read, in words, and where they write, in elements.
+// The pixels of a tile: where they read, in words, and where they write, in elements.
 struct Place {
   const Box* box;
   int64_t count, image, image_step, out, out_step;
 };
 
-Place place_of(const Call& call, const Box& box, int64_t tile) {
-  const Geometry& g = call.geometry;
-  const int64_t image_steps[4] = {g.in_pixels() * call.pitch(), g.in[1] * g.in[2] * call.pitch(), g.in[2] * call.pitch(),
-                                  call.pitch()};
-  const int64_t stride[4] = {1, g.stride[0], g.stride[1], g.stride[2]}, pad[4] = {0, g.pad[0], g.pad[1], g.pad[2]};
-  Place place{&box, 0, 0, image_steps[box.along] * stride[box.along], 0, call.out_steps[box.along]};
-  const int64_t piece = tile % box.pieces;
-  int64_t rest = tile / box.pieces;
-  for (int d = 3; d >= 0; --d) {
-    int64_t position = box.span[d].first;
-    if (d == box.along) {
-      const int64_t start = box.span[d].count * piece / box.pieces;
-      place.count = box.span[d].count * (piece + 1) / box.pieces - start;
-      position += start;
-    } else {
-      position += rest % box.span[d].count;
-      rest /= box.span[d].count;
+// Goes from tile to tile, without a division: there are as many tiles as there are microseconds of work in a few.
+class Walk {
+ public:
+  Walk(const Call& call, int64_t tile) : call_(call), box_(call.boxes.data()) {
+    const Geometry& g = call.geometry;
+    const int64_t line = g.in[2] * call.pitch(), plane = g.in[1] * line;
+    const int64_t steps[4] = {g.in[0] * plane, plane, line, call.pitch()};
+    const int64_t stride[4] = {1, g.stride[0], g.stride[1], g.stride[2]}, pad[4] = {0, g.pad[0], g.pad[1], g.pad[2]};
+    origin_ = 0;
+    for (int d = 0; d < 4; ++d) {
+      origin_ -= pad[d] * steps[d];
+      image_steps_[d] = stride[d] * steps[d];
     }
-    place.image += (position * stride[d] - pad[d]) * image_steps[d];
-    place.out += position * call.out_steps[d];
+    while (tile >= box_->end()) ++box_;
+    tile -= box_->first_tile;
+    left_ = box_->tiles() - tile;
+    piece_ = tile % box_->pieces;
+    tile /= box_->pieces;
+    for (int d = 3; d >= 0; --d) {
+      at_[d] = d == box_->along ? 0 : tile % box_->span[d].count;
+      if (d != box_->along) tile /= box_->span[d].count;
+    }
+    cut();
   }
-  return place;
-}
+
+  // Of the tile where it stands; then it stands at the next one.
+  Place next() {
+    if (left_ == 0) {
+      ++box_;
+      left_ = box_->tiles();
+      piece_ = 0;
+      std::fill_n(at_, 4, 0);
+      cut();
+    }
+    const int along = box_->along;
+    const int64_t shorter = piece_ < longer_ ? 0 : 1;
+    Place place{box_, length_ - shorter, origin_, image_steps_[along], 0, call_.out_steps[along]};
+    at_[along] = piece_ * length_ - (shorter ? piece_ - longer_ : 0);
+    for (int d = 0; d < 4; ++d) {
+      const int64_t position = box_->span[d].first + at_[d];
+      place.image += position * image_steps_[d];
+      place.out += position * call_.out_steps[d];
+    }
+    --left_;
+    if (++piece_ == box_->pieces) {
+      piece_ = 0;
+      for (int d = 3; d >= 0; --d) {
+        if (d == along) continue;
+        if (++at_[d] < box_->span[d].count) break;
+        at_[d] = 0;
+      }
+    }
+    return place;
+  }
+
+ private:
+  // The first `longer_` pieces of a line have length_ pixels, the others one less.
+  void cut() {
+    const int64_t count = box_->span[box_->along].count;
+    length_ = (count + box_->pieces - 1) / box_->pieces;
+    longer_ = count - box_->pieces * (length_ - 1);
+  }
+
+  const Call& call_;
+  const Box* box_;
+  int64_t origin_, image_steps_[4];  // words
+  int64_t left_, piece_, at_[4];     // tiles in this box; piece of the line; the line, from the start of the box
+  int64_t length_, longer_;
+};
 
 // Writes what a pixel of the box reads; returns the number of segments.
 int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
@@ -164,13 +211,10 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   void* rows[pixels];
   Place places[TILES_AT_ONCE];
 
-  const Box* box = call.boxes.data();
+  Walk walk(call, first_tile);
   for (int64_t first = first_tile; first < last_tile; first += TILES_AT_ONCE) {
     const int64_t count = std::min(TILES_AT_ONCE, last_tile - first);
-    for (int64_t i = 0; i < count; ++i) {
-      while (first + i >= box->first_tile + box->tiles()) ++box;
-      places[i] = place_of(call, *box, first + i - box->first_tile);
-    }
+    for (int64_t i = 0; i < count; ++i) places[i] = walk.next();
     const Box* current = nullptr;
     Tile tile{};
     tile.segments = segments.get();
@@ -181,7 +225,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       tile.blocks = std::min(MOST_BLOCKS, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
       tile.factor = call.factor + channel;
-      tile.added = call.added + channel;
+      tile.added = call.added ? call.added + channel : nullptr;
       const bool direct = in_place && some >= tile.blocks * LANES;
       int64_t row = 0;
       for (int64_t i = 0; i < count; ++i) {
@@ -217,7 +261,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
 
 void multiply_all(const Call& call, int threads) {
   const Geometry& g = call.geometry;
-  const int64_t tiles = call.boxes.back().first_tile + call.boxes.back().tiles();
+  const int64_t tiles = call.boxes.back().end();
   const int64_t tile_products = MOST_PIXELS * g.in_channels / g.groups * g.taps();
   for (int64_t group = 0; group < g.groups; ++group) {
     // Threads share the pixels; where those are few, the channels.
@@ -262,10 +306,12 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
                                : Image(g, x, static_cast<Dtype>(a->x_dtype), a->x_strides, 1 / *scale, threads);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float everywhere = image.odd() ? nan : poison ? *poison : 0.0f;
-  const std::unique_ptr<float[]> factor(new float[g.out_channels]), added(new float[g.out_channels]);
-  for (int64_t o = 0; o < g.out_channels; ++o) {
-    factor[o] = channel_scale[o] * *scale;
-    added[o] = (bias ? bias[o] : 0.0f) + everywhere;
+  const std::unique_ptr<float[]> factor(new float[g.out_channels]);
+  for (int64_t o = 0; o < g.out_channels; ++o) factor[o] = channel_scale[o] * *scale;
+  std::unique_ptr<float[]> added;
+  if (bias || everywhere != 0) {
+    added.reset(new float[g.out_channels]);
+    for (int64_t o = 0; o < g.out_channels; ++o) added[o] = (bias ? bias[o] : 0.0f) + everywhere;
   }
   const int64_t* s = a->out_strides;
   const std::vector<Box> all = boxes(g);

@@ -44,7 +44,7 @@ struct Tile {
   float* out;
   int64_t out_step;
   const float* factor;
-  const float* added;
+  const float* added;  // or null
   int32_t* totals;
 };
 using MultiplyFunction = void (*)(const Tile& tile);

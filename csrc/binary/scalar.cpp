@@ -30,10 +30,12 @@ void multiply_scalar(const Tile& t) {
         for (int64_t k = 0; k < segment.words; ++k) differing += __builtin_popcount(bits[k] ^ weights[k * LANES]);
       }
       const int32_t total = static_cast<int32_t>(t.products - 2 * differing);
-      if (t.totals)
+      if (t.totals) {
         t.totals[i * COLUMNS + o] = total;
-      else
-        t.out[i * t.out_step + o] = static_cast<float>(total) * t.factor[o] + t.added[o];
+      } else {
+        const float value = static_cast<float>(total) * t.factor[o];
+        t.out[i * t.out_step + o] = t.added ? value + t.added[o] : value;
+      }
     }
   }
 }

@@ -69,8 +69,9 @@ void tile_and_store(const Tile& t, int64_t first) {
       if (t.totals) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(t.totals + (first + m) * COLUMNS + o), total);
       } else {
-        const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_loadu_ps(t.factor + o));
-        _mm256_storeu_ps(t.out + (first + m) * t.out_step + o, _mm256_add_ps(value, _mm256_loadu_ps(t.added + o)));
+        __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_loadu_ps(t.factor + o));
+        if (t.added) value = _mm256_add_ps(value, _mm256_loadu_ps(t.added + o));
+        _mm256_storeu_ps(t.out + (first + m) * t.out_step + o, value);
       }
     }
   }

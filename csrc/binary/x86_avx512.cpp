@@ -45,15 +45,17 @@ void tile(const Tile& t) {
                             _mm512_sub_epi32(products, _mm512_slli_epi32(differing[m][j], 1)));
     return;
   }
-  // Every number up to 2**24 is exact here: only the last two operations round.
+  // Every number up to 2**24 is exact here: only the last two operations round, and without `added` only the first one.
   const __m512 products = _mm512_set1_ps(static_cast<float>(t.products)), two = _mm512_set1_ps(2);
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
-    const __m512 factor = _mm512_loadu_ps(t.factor + j * LANES), added = _mm512_loadu_ps(t.added + j * LANES);
+    const __m512 factor = _mm512_loadu_ps(t.factor + j * LANES);
 #pragma GCC unroll 6
     for (int m = 0; m < MR; ++m) {
       const __m512 total = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(differing[m][j]), two, products);
-      _mm512_storeu_ps(t.out + m * t.out_step + j * LANES, _mm512_add_ps(_mm512_mul_ps(total, factor), added));
+      __m512 value = _mm512_mul_ps(total, factor);
+      if (t.added) value = _mm512_add_ps(value, _mm512_loadu_ps(t.added + j * LANES));
+      _mm512_storeu_ps(t.out + m * t.out_step + j * LANES, value);
     }
   }
 }

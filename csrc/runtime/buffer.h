@@ -2,26 +2,26 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace bitorch_engine {
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+// Each thread keeps the last few blocks that it freed: memory that goes back to the system and comes again is cleared
+// page by page, which took a third of the time of arranging a weight of 512 x 512 x 3 x 3.
+void* take_scratch(int64_t bytes);
+void free_scratch(void* memory);
+
+struct FreeScratch {
+  void operator()(void* memory) const { free_scratch(memory); }
 };
 
 template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
+using Buffer = std::unique_ptr<T[], FreeScratch>;
 
-// `count` values, not initialized.
+// `count` values, not initialized. To be freed by the same thread.
 template <class T>
 static inline Buffer<T> new_buffer(int64_t count) {
-  constexpr int64_t LINE = 64;
-  void* memory = std::aligned_alloc(LINE, (count * static_cast<int64_t>(sizeof(T)) + LINE) / LINE * LINE);
-  if (memory == nullptr) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(memory));
+  return Buffer<T>(static_cast<T*>(take_scratch(count * static_cast<int64_t>(sizeof(T)))));
 }
 
 }  // namespace bitorch_engine

@@ -4,6 +4,7 @@
 #include "bits/bits.h"
 #include "grad_weight/grad_weight.h"
 #include "gradient/gradient.h"
+#include "linear/linear.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
 #include "update/update.h"
@@ -28,6 +29,7 @@ const Row kernels[] = {
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),
+    dot_kernel.row(),
     update_kernel.row(),
     mean_square_kernel.row(),
     within_kernel.row(),

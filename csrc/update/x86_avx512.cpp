@@ -45,7 +45,7 @@ struct Plane {
     collect = _mm512_load_si512(places[bits].collect);
     mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
     pair = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << bits << 8));
-    quad = _mm512_set1_epi32(1 | 1 << (2 * bits) << 16);
+    quad = _mm512_set1_epi32(static_cast<int32_t>(1u | 1u << (2 * bits) << 16));
     low_half = _mm512_set1_epi64((int64_t{1} << (4 * bits)) - 1);
     upper_shift = _mm_cvtsi32_si128(32 - 4 * bits);
   }

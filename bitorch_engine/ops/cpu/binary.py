@@ -21,7 +21,7 @@ _arrange = function("be_binary_arrange", POINTER, POINTER, POINTER, INT)
 _conv = function("be_binary_conv", *[POINTER] * 8)
 
 _DEEPEST = 1 << 22  # products a result: float32 holds every total
-_FEWEST = 16  # channels of a group: fewer leave most of their 32-bit word empty
+_FEWEST = 12  # channels of a group: with fewer, most of a 32-bit word is empty, and bytes are faster on every ISA
 
 _Strides = ctypes.c_int64 * 5
 
@@ -119,10 +119,12 @@ def _problem(
     x_dtype: torch.dtype,
     x_strides: tuple[int, ...],
     dtype: torch.dtype,
-    channels_last: bool,
     thread_count: int,
+    channels_last: bool | None = None,
 ) -> _Problem | None:
-    """x_strides: empty where x are codes. None for what the kernel does not have."""
+    """x_strides: empty where x are codes, and then channels_last is given. None for what the kernel does not have."""
+    if channels_last is None:
+        channels_last = is_channels_last(torch.empty_strided(shape, x_strides, device="meta"))
     convolution = Convolution(*fields)
     out = tuple(convolution.output_shape(shape, weight_shape))
     if {x_dtype, dtype} - DTYPES.keys() or len(shape) > 5 or prod(weight_shape[1:]) > _DEEPEST or min(*shape, *out) < 1:
@@ -143,11 +145,11 @@ def conv(
     *fields: Any,
 ) -> Tensor:
     """The op ``conv`` for what ``suits``."""
-    key = (tuple(x.shape), tuple(weight_shape), hashable(fields))
-    problem = _problem(*key, x.dtype, x.stride(), x.dtype, is_channels_last(x), threads())
+    dtype = x.dtype
+    problem = _problem(x.shape, tuple(weight_shape), hashable(fields), dtype, x.stride(), dtype, threads())
     if problem is None:
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
-    return problem.run(x, scale, packed, channel_scale, bias, None, x.dtype, keep=True)
+    return problem.run(x, scale, packed, channel_scale, bias, None, dtype, keep=True)
 
 
 def conv_codes(
@@ -166,7 +168,7 @@ def conv_codes(
     """The op ``conv_codes`` for what ``suits``."""
     *fields, dtype, channels_last = rest
     key = (tuple(shape), tuple(weight_shape), hashable(fields))
-    problem = _problem(*key, torch.float32, (), dtype, channels_last, threads())
+    problem = _problem(*key, torch.float32, (), dtype, threads(), channels_last)
     if problem is None:
         head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
         return reference.conv_codes(*head, weight_shape, *rest)

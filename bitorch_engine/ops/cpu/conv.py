@@ -23,6 +23,7 @@ _arrange = function("be_qconv_arrange", POINTER, INT, INT, POINTER, INT, INT, PO
 _qconv = function("be_qconv", *[POINTER] * 11, result=INT)
 
 _FLOATS, _CODES, _GRADIENT = 0, 1, 2  # SourceKind of csrc/qconv/image.h
+_FEWEST = 4  # channels of a group: of fewer, as in a depthwise convolution, blocks are mostly filling
 _DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
 
 _Triple = ctypes.c_int64 * 3
@@ -85,21 +86,32 @@ class _Problem:
         _arrange(*place, packed.data_ptr(), a.w_bits, a.w_arranged_bits, weights.data_ptr(), sums.data_ptr(), threads())
         return weights, sums
 
-    def run(self, x: Tensor, packed: Tensor, factor: Tensor, out: Tensor, *more: Tensor | None, keep: bool) -> Tensor:
-        """more: scale, low, sample_factor, bias, poison."""
+    def run(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        factor: Tensor,
+        out: Tensor,
+        scale: Tensor | None = None,
+        low: Tensor | None = None,
+        sample_factor: Tensor | None = None,
+        bias: Tensor | None = None,
+        poison: Tensor | None = None,
+        *,
+        keep: bool,
+    ) -> Tensor:
         weights, sums = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
-        scale, low, sample_factor, bias, poison = (None if t is None else t.data_ptr() for t in more)
         _qconv(
             self.address,
             x.data_ptr(),
-            scale,
-            low,
+            None if scale is None else scale.data_ptr(),
+            None if low is None else low.data_ptr(),
             weights.data_ptr(),
             sums.data_ptr(),
             factor.data_ptr(),
-            sample_factor,
-            bias,
-            poison,
+            None if sample_factor is None else sample_factor.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if poison is None else poison.data_ptr(),
             out.data_ptr(),
         )
         return out
@@ -126,6 +138,8 @@ def _problem(
     deepest = max(shape[1], out[1]) // convolution.groups * taps
     if {x_dtype, out_dtype} - DTYPES.keys() or len(shape) > 5 or not 0 < deepest < _DEEPEST or min(*shape, *out) < 1:
         return None
+    if convolution.groups > 1 and min(shape[1], out[1]) // convolution.groups < _FEWEST:
+        return None
     forward = kind != _GRADIENT
     result = out if forward else shape
     strides = new_output(torch.empty(0, device="meta"), result, out_dtype, channels_last).stride()
@@ -146,6 +160,13 @@ def _problem(
         threads=thread_count,
     )
     return problem, result, strides
+
+
+def _read_as_float32(scale: Tensor, low: Tensor, channel_scale: Tensor) -> bool:
+    """Whether the kernel reads these as they lie in memory; in a layer that was cast, it does not."""
+    wanted = torch.float32
+    same = scale.dtype is wanted and low.dtype is wanted and channel_scale.dtype is wanted
+    return same and channel_scale.is_contiguous()
 
 
 def conv(
@@ -175,12 +196,12 @@ def conv(
         is_channels_last(x),
         threads(),
     )
-    if found is None:
+    if found is None or not _read_as_float32(scale, low, channel_scale):
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     problem, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype)
     bias = bias if bias is None else bias.to(torch.float32)
-    return problem.run(x, packed, channel_scale, y, scale, low, None, bias, None, keep=True)
+    return problem.run(x, packed, channel_scale, y, scale, low, bias=bias, keep=True)
 
 
 def conv_codes(
@@ -213,13 +234,13 @@ def conv_codes(
         channels_last,
         threads(),
     )
-    if found is None:
+    if found is None or not _read_as_float32(scale, low, channel_scale):
         return reference.conv_codes(
             codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit, weight_shape, *rest
         )
     problem, result, strides = found
     y = torch.empty_strided(result, strides, dtype=dtype)
-    return problem.run(codes, packed, channel_scale, y, scale, low, None, None, poison, keep=False)
+    return problem.run(codes, packed, channel_scale, y, scale, low, poison=poison, keep=False)
 
 
 def conv_grad_input(
@@ -250,7 +271,7 @@ def conv_grad_input(
     problem, result, strides = found
     grad_x = torch.empty_strided(result, strides, dtype=dtype)
     ones = torch.ones(shape[1], dtype=torch.float32)
-    return problem.run(grad_codes, packed, ones, grad_x, None, None, grad_scale, None, None, keep=False)
+    return problem.run(grad_codes, packed, ones, grad_x, sample_factor=grad_scale, keep=False)
 
 
 def _set_strides(arguments: _Arguments, name: str, strides: Sequence[int]) -> None:

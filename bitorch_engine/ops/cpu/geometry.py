@@ -85,4 +85,4 @@ def _geometry(
 
 def hashable(fields: Sequence[Any]) -> tuple[Any, ...]:
     """Arguments of an op, lists of integers among them, as a key."""
-    return tuple(tuple(field) if isinstance(field, list) else field for field in fields)
+    return tuple([tuple(field) if isinstance(field, list) else field for field in fields])

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.cpu.bits import unpack
+from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
 from bitorch_engine.ops.reference import linear as reference
 from bitorch_engine.ops.reference.conv import Convolution
+
+_linear = function("be_linear", POINTER, INT64, POINTER, POINTER, POINTER, INT64, INT64, INT, POINTER, INT)
+
+_FEW = 4
+"""Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
 
 BLOCK = 1 << 20
 """Weights that are float at a time, at most; one output channel is the least."""
@@ -20,6 +26,9 @@ def linear_weight_only(
     x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int, group_size: int = 0
 ) -> Tensor:
     rows = channel_scale.shape[0] if group_size else channel_scale.numel()
+    few = x.numel() // max(1, columns)
+    if 0 < few <= _FEW and group_size == 0 and columns and columns * bits % 8 == 0 == columns % 8 and x.dtype in DTYPES:
+        return _few_rows(x, few, packed, channel_scale, bits, bias, columns)
     block = max(1, BLOCK // max(1, columns))
     if rows <= block or columns == 0:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
@@ -32,6 +41,28 @@ def linear_weight_only(
         weight = reference.scaled(_codes(packed, bits, first, last, columns), scale[first:last], group_size).to(x.dtype)
         out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
     return out
+
+
+def _few_rows(
+    x: Tensor, few: int, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int
+) -> Tensor:
+    """Each row of codes is decoded in registers, and multiplied as it comes from memory."""
+    wide, scale = x.to(torch.float32).contiguous(), channel_scale.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    out = torch.empty([*x.shape[:-1], scale.numel()], dtype=torch.float32)
+    _linear(
+        wide.data_ptr(),
+        few,
+        packed.data_ptr(),
+        scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        scale.numel(),
+        columns,
+        bits,
+        out.data_ptr(),
+        threads(),
+    )
+    return out.to(x.dtype)
 
 
 def conv_weight_only(

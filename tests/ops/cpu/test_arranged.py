@@ -59,6 +59,15 @@ def test_nothing_is_kept_of_what_others_can_write_unseen() -> None:
         assert arranged(packed, "key", object, keep=True) is not first
 
 
+def test_what_is_kept_is_forgotten_once_others_can_write_it() -> None:
+    packed = torch.zeros(8, dtype=torch.uint8)
+    first = arranged(packed, "key", object, keep=True)
+    packed.share_memory_()
+    second = arranged(packed, "key", object, keep=True)
+    assert second is not first
+    assert arranged(packed, "key", object, keep=True) is not second
+
+
 def test_what_is_kept_goes_with_the_weight_and_with_a_write() -> None:
     packed = torch.zeros(8, dtype=torch.uint8)
     first = arranged(packed, "key", object, keep=True)

@@ -262,6 +262,14 @@ def test_results_have_the_dtype_and_memory_order_of_the_input(isa: str, dtype: t
             assert torch.equal(run_codes(o, dtype, last), o.expected().to(dtype))
 
 
+def test_scales_of_a_layer_that_was_cast_go_to_the_reference() -> None:
+    o = operands(CASES["3x3"])
+    o = o._replace(scale=torch.tensor(0.375, dtype=torch.bfloat16), channel_scale=o.channel_scale.bfloat16())
+    x = torch.randn(o.case.shape)
+    arguments = (x, o.scale, o.low, 8, o.packed, o.channel_scale, o.w_bit, None, *o.geometry)
+    assert torch.equal(ops.conv(*arguments), reference.conv(*arguments))
+
+
 @each_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

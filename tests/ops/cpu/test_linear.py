@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitorch_engine import ops
 from bitorch_engine.bits import bit_format, pack
+from bitorch_engine.ops import cpu
 from bitorch_engine.ops.cpu import linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -67,3 +68,17 @@ def test_conv(bits: int, groups: int, transposed: bool, rows_at_a_time: int, mon
     expected = torch.ops.aten.convolution(padded, weight, bias.double(), *geometry)
     size = torch.ops.aten.convolution(padded.abs(), weight.abs(), None, *geometry)
     _assert_near(out, expected, size)
+
+
+@pytest.mark.parametrize("isa", cpu.available_isas())
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("columns", [8, 64, 72, 1000, 4104])
+def test_few_rows_on_every_instruction_set(isa: str, bits: int, columns: int) -> None:
+    packed = ops.pack(torch.randint(0, 1 << bits, (5 * columns,), dtype=torch.uint8), bits)
+    scale, bias, x = torch.rand(5), torch.randn(5), torch.randn(3, columns)
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, packed, scale, bits, bias, columns)
+    weight = ops.dequantize(packed, scale, bits, columns, torch.float64)
+    wanted = F.linear(x.double(), weight, bias.double())
+    terms = F.linear(x.double().abs(), weight.abs(), bias.double().abs())
+    assert bool(((found.double() - wanted).abs() <= 2e-6 * terms).all())

@@ -643,3 +643,18 @@ class TestConv2dBase:
         layer.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
         with pytest.raises(TypeError, match="the weight was replaced by a Parameter; it must be an nBitConvParameter"):
             layer.set_weight_data(torch.randn(4, 3, 3, 3))
+
+
+@pytest.mark.parametrize("a_bit", [1, 4, 8])
+def test_a_layer_cast_to_bfloat16_computes_what_it_did(a_bit: int) -> None:
+    layer, x = nBitConv2d(16, 4, 3, w_bit=1 if a_bit == 1 else 4, a_bit=a_bit), torch.randn(2, 16, 6, 6).bfloat16()
+    layer.activation.prepare_(x)  # type: ignore[union-attr]
+    with torch.no_grad():
+        wanted = layer(x.float())
+    layer.bfloat16()
+    assert layer.activation.low.dtype == torch.bfloat16  # type: ignore[union-attr]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            error = (layer(x).float() - wanted).abs()
+        assert float(error.detach().max()) < 0.05 * float(wanted.abs().max())
+    layer(x).float().sum().backward()
