@@ -37,8 +37,8 @@ SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
 """Name: threads and environment. onnxruntime and torch's own loops know no cap, so the caps leave onnxruntime out."""
 
 BUSY = 0.5
-"""Load average from which results carry a warning. Where others take the cores, two threads that wait for each other have
-been measured 100 times too slow, and peers as much as ours."""
+"""Load average from which results carry a warning. Where others take the cores, two threads that wait for each other
+have been measured 100 times too slow, and peers as much as ours."""
 
 
 def every_contest(setting: str, *, quick: bool) -> Iterator[Contest]:
