@@ -7,7 +7,7 @@ namespace bitorch_engine {
 namespace binary {
 namespace {
 
-// MR pixels times one block. Ones are counted in bytes, of which each takes 8 a word: 31 words, then they are widened.
+// MR pixels times one block. Ones are counted in bytes; each takes 8 a word, so after 31 words they are widened.
 template <int MR>
 void tile(const Tile& t, int64_t first, int64_t block) {
   constexpr int64_t LONGEST = 31;

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "binary/boxes.h"
 #include "binary/image.h"
 #include "qconv/product.h"
 #include "qconv/qconv.h"
@@ -26,64 +27,6 @@ constexpr int64_t TILES_AT_ONCE = 16;  // their pixels share the weights of a bl
 constexpr int64_t PRODUCTS_A_THREAD = 1 << 24;  // at least: 10 us
 static_assert(LANES == BLOCK && MOST_BLOCKS * LANES == COLUMNS, "totals are finished by the engine's kernel");
 
-// Result positions of one dimension that read the same taps, low .. high - 1: the others lie outside of the image.
-struct Span {
-  int64_t first, count, low, high;
-};
-
-std::vector<Span> spans(const Geometry& g, int d) {
-  const int64_t in = g.in[d], kernel = g.kernel[d], stride = g.stride[d], dilation = g.dilation[d];
-  std::vector<Span> found;
-  for (int64_t y = 0, next; y < g.out[d]; y = next) {
-    const int64_t base = y * stride - g.pad[d];
-    const int64_t high = std::clamp<int64_t>((in - base + dilation - 1) / dilation, 0, kernel);
-    const int64_t low = std::clamp<int64_t>((-base + dilation - 1) / dilation, 0, high);
-    next = y + 1;
-    if (low == 0 && high == kernel)  // the interior, in one step
-      next = std::min(g.out[d], (in - 1 - (kernel - 1) * dilation + g.pad[d]) / stride + 1);
-    if (!found.empty() && found.back().low == low && found.back().high == high)
-      found.back().count += next - y;
-    else
-      found.push_back({y, next - y, low, high});
-  }
-  return found;
-}
-
-// All result pixels that read the same taps, cut into tiles along one of the dimensions.
-struct Box {
-  Span span[4];  // sample, depth, height, width
-  int along;
-  int64_t pieces;      // tiles that a line of that dimension is cut into
-  int64_t first_tile;  // of all boxes
-
-  int64_t count() const { return span[0].count * span[1].count * span[2].count * span[3].count; }
-  int64_t tiles() const { return count() / span[along].count * pieces; }
-  int64_t end() const { return first_tile + tiles(); }
-};
-
-std::vector<Box> boxes(const Geometry& g) {
-  std::vector<Box> found;
-  const Span samples{0, g.batch, 0, 1};
-  int64_t first = 0;
-  const std::vector<Span> depth = spans(g, 0), height = spans(g, 1), width = spans(g, 2);
-  for (const Span& z : depth)
-    for (const Span& y : height)
-      for (const Span& x : width) {
-        Box box{{samples, z, y, x}, 3, 0, first};
-        int64_t fewest = std::numeric_limits<int64_t>::max();
-        for (int d = 3; d >= 0; --d) {
-          const int64_t length = box.span[d].count, pieces = (length + MOST_PIXELS - 1) / MOST_PIXELS;
-          if (box.count() / length * pieces >= fewest) continue;
-          fewest = box.count() / length * pieces;
-          box.along = d;
-          box.pieces = pieces;
-        }
-        first += box.tiles();
-        found.push_back(box);
-      }
-  return found;
-}
-
 // What stays the same over a whole call.
 struct Call {
   const Geometry& geometry;
@@ -91,11 +34,14 @@ struct Call {
   const uint32_t* image;
   const uint32_t* weights;
   const float* factor;
-  const float* added;  // or null
+  const float* bias;  // or null
   uint8_t* out;
   Dtype dtype;
   int64_t out_channel, out_steps[4];  // strides of the result in elements: of channels, and as those of a Box
+  const uint8_t* upcoming;            // what is read after this call: fetched into the cache along the way
+  int64_t upcoming_bytes;
 
+  int64_t tiles() const { return boxes.back().end(); }
   int64_t words() const { return words_of(geometry.in_channels / geometry.groups); }
   int64_t pitch() const { return geometry.groups * words(); }  // words of one pixel
   int64_t results() const { return geometry.out_channels / geometry.groups; }
@@ -210,8 +156,12 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   const int32_t zero_sum[COLUMNS] = {};
   void* rows[pixels];
   Place places[TILES_AT_ONCE];
+  const int64_t passes = (last_block - first_block + MOST_BLOCKS - 1) / MOST_BLOCKS;
+  const int64_t lines = group > 0 ? 0 : 1 + call.upcoming_bytes / (64 * call.tiles() * passes);  // a tile
 
   Walk walk(call, first_tile);
+  const uint8_t* upcoming = call.upcoming + call.upcoming_bytes * first_tile / call.tiles();
+  const uint8_t* const end = call.upcoming + call.upcoming_bytes * last_tile / call.tiles();
   for (int64_t first = first_tile; first < last_tile; first += TILES_AT_ONCE) {
     const int64_t count = std::min(TILES_AT_ONCE, last_tile - first);
     for (int64_t i = 0; i < count; ++i) places[i] = walk.next();
@@ -225,7 +175,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       tile.blocks = std::min(MOST_BLOCKS, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
       tile.factor = call.factor + channel;
-      tile.added = call.added ? call.added + channel : nullptr;
+      tile.added = call.bias ? call.bias + channel : nullptr;
       const bool direct = in_place && some >= tile.blocks * LANES;
       int64_t row = 0;
       for (int64_t i = 0; i < count; ++i) {
@@ -239,6 +189,8 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
         }
         tile.image = call.image + place.image + group * call.words();
         tile.image_step = place.image_step;
+        for (int64_t line = 0; line < lines && upcoming < end; ++line, upcoming += 64)
+          __builtin_prefetch(upcoming, 0, 2);
         tile.count = place.count;
         if (direct) {
           tile.out = reinterpret_cast<float*>(call.out) + place.out + channel;
@@ -261,7 +213,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
 
 void multiply_all(const Call& call, int threads) {
   const Geometry& g = call.geometry;
-  const int64_t tiles = call.boxes.back().end();
+  const int64_t tiles = call.tiles();
   const int64_t tile_products = MOST_PIXELS * g.in_channels / g.groups * g.taps();
   for (int64_t group = 0; group < g.groups; ++group) {
     // Threads share the pixels; where those are few, the channels.
@@ -286,8 +238,8 @@ void multiply_all(const Call& call, int threads) {
 using namespace bitorch_engine;
 using namespace bitorch_engine::binary;
 
-// The arguments of be_binary_conv that are not tensors of a layer; ops/cpu/binary.py has the same fields. Strides are in
-// elements and in the order of (N, C, depth, height, width).
+// The arguments of be_binary_conv that are not tensors of a layer; ops/cpu/binary.py has the same fields. Strides are
+// in elements and in the order of (N, C, depth, height, width).
 struct BinaryArguments {
   Geometry geometry;
   int64_t codes;  // whether x is a packed stream of codes; else floats
@@ -296,26 +248,52 @@ struct BinaryArguments {
   int64_t threads;
 };
 
-// out = float(total) * (channel_scale * *scale) + bias + *poison. bias, poison: null for none; NaN where a float is not
-// finite.
+namespace {
+
+// Samples that are converted, then multiplied: enough to fill threads, few enough to stay in the cache, and while one
+// lot is multiplied the floats of the next come from memory.
+int64_t samples_at_once(const BinaryArguments& a, int64_t sample_bytes) {
+  constexpr int64_t LOT = 1 << 19;
+  if (a.codes) return a.geometry.batch;
+  const int64_t most = 1 + LOT * a.threads / sample_bytes, lots = (a.geometry.batch + most - 1) / most;
+  return (a.geometry.batch + lots - 1) / lots;
+}
+
+void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
+  const int64_t count = g.batch * g.out_channels * g.out_pixels();
+  if (dtype == FLOAT32)
+    std::fill_n(static_cast<float*>(out), count, std::numeric_limits<float>::quiet_NaN());
+  else
+    std::fill_n(static_cast<uint16_t*>(out), count, dtype == BFLOAT16 ? 0x7fc0 : 0x7e00);
+}
+
+}  // namespace
+
+// out, dense: float(total) * (channel_scale * *scale) + bias. bias, poison: null for none. Where a float is not finite,
+// or *poison is NaN, all of it is NaN.
 BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const float* scale, const uint32_t* weights,
                               const float* channel_scale, const float* bias, const float* poison, void* out) {
-  const Geometry& g = a->geometry;
+  Geometry g = a->geometry;
   const int threads = static_cast<int>(a->threads);
-  const Image image = a->codes ? Image(g, static_cast<const uint8_t*>(x), threads)
-                               : Image(g, x, static_cast<Dtype>(a->x_dtype), a->x_strides, 1 / *scale, threads);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float everywhere = image.odd() ? nan : poison ? *poison : 0.0f;
+  const Dtype dtype = static_cast<Dtype>(a->out_dtype), x_dtype = static_cast<Dtype>(a->x_dtype);
+  if (poison && *poison != *poison) return fill_with_nan(g, dtype, out);
   const std::unique_ptr<float[]> factor(new float[g.out_channels]);
   for (int64_t o = 0; o < g.out_channels; ++o) factor[o] = channel_scale[o] * *scale;
-  std::unique_ptr<float[]> added;
-  if (bias || everywhere != 0) {
-    added.reset(new float[g.out_channels]);
-    for (int64_t o = 0; o < g.out_channels; ++o) added[o] = (bias ? bias[o] : 0.0f) + everywhere;
-  }
+
   const int64_t* s = a->out_strides;
-  const std::vector<Box> all = boxes(g);
-  multiply_all({g, all, image.words(), weights, factor.get(), added.get(), static_cast<uint8_t*>(out),
-                static_cast<Dtype>(a->out_dtype), s[1], {s[0], s[2], s[3], s[4]}},
-               threads);
+  const int64_t sample = a->x_strides[0] * (x_dtype == FLOAT32 ? 4 : 2), element = dtype == FLOAT32 ? 4 : 2;
+  const int64_t lot = samples_at_once(*a, std::max<int64_t>(1, sample));
+  std::vector<Box> all;
+  for (int64_t first = 0; first < a->geometry.batch; first += lot) {
+    g.batch = std::min(lot, a->geometry.batch - first);
+    const uint8_t* from = static_cast<const uint8_t*>(x) + first * sample;
+    const Image image = a->codes ? Image(g, from, threads) : Image(g, from, x_dtype, a->x_strides, 1 / *scale, threads);
+    if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
+    if (first == 0 || g.batch != lot) all = boxes(g, s[1] == 1);
+    const int64_t next = std::min(lot, a->geometry.batch - first - g.batch);
+    uint8_t* const to = static_cast<uint8_t*>(out) + first * s[0] * element;
+    multiply_all({g, all, image.words(), weights, factor.get(), bias, to, dtype, s[1], {s[0], s[2], s[3], s[4]},
+                  from + g.batch * sample, a->codes ? 0 : next * sample},
+                 threads);
+  }
 }

@@ -42,7 +42,8 @@ struct Runs {
 
 Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strides, float inverse_scale, int threads) {
   int64_t channels = g.in_channels / g.groups, groups = g.groups;
-  const int64_t pixels = g.batch * g.in_pixels(), pitch = groups * words_of(channels), element = dtype == FLOAT32 ? 4 : 2;
+  const int64_t pixels = g.batch * g.in_pixels(), pitch = groups * words_of(channels);
+  const int64_t element = dtype == FLOAT32 ? 4 : 2;
   own_.reset(new uint32_t[pixels * pitch]);
   words_ = own_.get();
   const int64_t sizes[4] = {g.batch, g.in[0], g.in[1], g.in[2]};
@@ -61,11 +62,12 @@ Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strid
   parallel_for(pixels, grain, threads, [&](int64_t first, int64_t last) {
     bool seen = false;
     while (first < last) {
-      const int64_t run = first / runs.length, at = first % runs.length, count = std::min(last - first, runs.length - at);
+      const int64_t run = first / runs.length, at = first % runs.length;
+      const int64_t count = std::min(last - first, runs.length - at);
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t start = runs.offset(run) + at * runs.step + group * channels * channel_stride;
-        Floats floats{static_cast<const uint8_t*>(x) + start * element, dtype, runs.step, channel_stride, count, channels,
-                      inverse_scale};
+        const uint8_t* from = static_cast<const uint8_t*>(x) + start * element;
+        Floats floats{from, dtype, runs.step, channel_stride, count, channels, inverse_scale};
         if (dense) {
           floats.pixels = 1;
           floats.channels = count * channels;

@@ -16,7 +16,7 @@ __m256i ones_in_bytes(__m256i x) {
   return _mm256_add_epi8(low, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), half)));
 }
 
-// MR pixels times half a block. Ones are counted in bytes, of which each takes 8 a word: 31 words, then they are widened.
+// MR pixels times half a block. Ones are counted in bytes; each takes 8 a word, so after 31 words they are widened.
 template <int MR>
 void tile(const Tile& t, int64_t first, const uint32_t* lanes, __m256i (&differing)[MR]) {
   constexpr int64_t LONGEST = 31;
@@ -174,8 +174,8 @@ bool sign_avx2(const Floats& f, uint32_t* out, int64_t out_stride) {
 #undef BE_CALL
 }
 
-// A lane takes up to 25 bits of one channel, wherever in a byte they begin. Shifted to the top, one tap of 8 channels is
-// the signs of the lanes.
+// A lane takes up to 25 bits of one channel, wherever in a byte they begin. Shifted to the top, one tap of 8 channels
+// is the signs of the lanes.
 void arrange_avx2(const uint8_t* row, int first, int64_t channels, int64_t taps, uint32_t* out) {
   constexpr int64_t DEEPEST = 25;
   const int64_t words = (channels + WORD - 1) / WORD;
@@ -186,8 +186,9 @@ void arrange_avx2(const uint8_t* row, int first, int64_t channels, int64_t taps,
     for (int64_t t = 0; t < taps; t += DEEPEST) {
       const int64_t start = first + c * taps + t;
       const __m256i bit = _mm256_add_epi32(apart, _mm256_set1_epi32(static_cast<int>(start & 7)));
-      const __m256i bytes = _mm256_mask_i32gather_epi32(
-          _mm256_setzero_si256(), reinterpret_cast<const int*>(row + (start >> 3)), _mm256_srli_epi32(bit, 3), present, 1);
+      const int* from = reinterpret_cast<const int*>(row + (start >> 3));
+      const __m256i bytes =
+          _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), from, _mm256_srli_epi32(bit, 3), present, 1);
       const int64_t deep = taps - t < DEEPEST ? taps - t : DEEPEST;
       __m256i taken = _mm256_srlv_epi32(bytes, _mm256_and_si256(bit, _mm256_set1_epi32(7)));
       taken = _mm256_sll_epi32(taken, _mm_cvtsi32_si128(static_cast<int>(32 - deep)));

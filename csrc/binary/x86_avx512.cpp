@@ -84,7 +84,8 @@ struct Signs {
 };
 
 bool any_odd(const Signs (&signs)[4]) {
-  const __m512 odd = _mm512_add_ps(_mm512_add_ps(signs[0].odd, signs[1].odd), _mm512_add_ps(signs[2].odd, signs[3].odd));
+  const __m512 first = _mm512_add_ps(signs[0].odd, signs[1].odd);
+  const __m512 odd = _mm512_add_ps(first, _mm512_add_ps(signs[2].odd, signs[3].odd));
   return _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q) != 0;
 }
 

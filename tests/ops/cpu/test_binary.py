@@ -202,6 +202,18 @@ def test_results_are_the_same_with_any_number_of_threads(name: str) -> None:
         assert torch.equal(found[1], o.expected(x, o.bias))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_large_batches_are_taken_in_lots(count: int) -> None:
+    o = layer(Case((5, 64, 36, 33), (40, 64, 2, 3), padding=(1,)))  # 300 KiB a sample: lots of 2, 2 and 1
+    x, before = torch.randn(o.case.shape), torch.get_num_threads()
+    torch.set_num_threads(count)
+    for order in (x, channels_last(x), x[:1].expand(o.case.shape)):
+        assert torch.equal(o.convolve(order, o.bias), o.expected(order, o.bias))
+    x[4, 63, 35, 32] = float("nan")
+    assert o.convolve(x).isnan().all()
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", [(0, 32, 5, 6), (2, 32, 2, 3)])
 def test_nothing_in_or_out_gives_what_the_reference_gives(shape: tuple[int, ...]) -> None:
     o = layer(Case(shape, (3, 32, 3, 3)))
