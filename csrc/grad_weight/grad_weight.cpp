@@ -133,7 +133,7 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
           for (int64_t r = 0; r < here; ++r) at[r] = turned.get() + (group * row_channels + r0 + r) * chunk;
           for (int64_t r = 0; r < here; r += 16) runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
           multiply({at, here, &no_offset, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
-                    run_count, true});
+                    run_count, 0});
           for (int64_t r = 0; r < here; ++r) {
             const int64_t row = group * row_channels + r0 + r;
             const int64_t of_row = (128 - column_zero) * (row_sums[row] - row_zero * count);
