@@ -55,6 +55,8 @@ def update_(
 
     Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1; the corrections enter as one factor of the rate and of eps.
     """
+    if grad.numel() == 0:
+        return
     rows, columns = grad.shape
     factor, least = step_constants(exp_avg_s, lr, eps * grad_factor, correction1, correction2, exp_avg_l)
     rate = level_rate(scale, bits).to(dtype) * -factor
