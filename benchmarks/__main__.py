@@ -12,6 +12,7 @@ from rich.markdown import Markdown
 from benchmarks import kernels, learning, memory
 from benchmarks.machine import RESULTS, facts
 from benchmarks.runs import PARTIAL, Measurement, measure
+from bitorch_engine.ops.cpu import available_isas
 
 JOBS = click.option("--jobs", default=2, show_default=True, help="Processes of one thread each.")
 QUICK = click.option("--quick", is_flag=True, help="A few epochs of one seed, to see that all works; prints only.")
@@ -74,16 +75,17 @@ def run_memory(jobs: int = 2, quick: bool = False, only: str = "*") -> None:
 @click.option("--quick", is_flag=True, help="Fewer rounds and one thread only; prints, and writes nothing.")
 @click.option("--only", default="*", help="Only settings whose name fits; others stay as they are in results/.")
 def run_kernels(quick: bool = False, only: str = "*") -> None:
-    """Speed of kernels, layers and a whole network against the best peers."""
-    names = [name for name in kernels.SETTINGS if fnmatch(name, only)][: 1 if quick else None]
+    """Speed of kernels, layers and a whole network against the best peers; a table for each best instruction set."""
+    names = [name for name in kernels.settings_here() if fnmatch(name, only)][: 1 if quick else None]
     record = kernels.measure_settings(names, quick=quick)
     if quick:
         Console().print(Markdown(kernels.report(record)))
         return
-    former = read("kernels") or {"settings": {}}
+    name = f"kernels-{available_isas()[-1]}"
+    former = read(name) or {"settings": {}}
     known = former["settings"] | record["settings"]
     record["settings"] = {name: known[name] for name in kernels.SETTINGS if name in known}
-    (RESULTS / "kernels.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_tables()
 
 
@@ -100,8 +102,8 @@ def write_tables() -> None:
         texts["learning"] = learning.report(record, read("tuning"))
     if (record := read("memory")) is not None:
         texts["memory"] = memory.report(record)
-    if (record := read("kernels")) is not None:
-        texts["kernels"] = kernels.report(record)
+    for path in sorted(RESULTS.glob("kernels-*.json")):
+        texts[path.stem] = kernels.report(read(path.stem))
     for name, text in texts.items():
         (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
         Console().print(Markdown(text))

@@ -24,6 +24,7 @@ from bitorch_engine.cli.bench.contest import HEADS, Contest, Result, run, table,
 from bitorch_engine.cli.bench.contests import contests as kernel_contests
 from bitorch_engine.cli.bench.contests import sizes
 from bitorch_engine.cli.info import kernel_facts
+from bitorch_engine.ops.cpu import available_isas
 
 SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
     "one thread": (1, {}),
@@ -39,6 +40,12 @@ SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
 BUSY = 0.5
 """Load average from which results carry a warning. Where others take the cores, two threads that wait for each other
 have been measured 100 times too slow, and peers as much as ours."""
+
+
+def settings_here() -> list[str]:
+    """The settings that say something here: a cap at the best instruction set that the processor has caps nothing."""
+    best = available_isas()[-1]
+    return [name for name, (_, environment) in SETTINGS.items() if environment.get("BITORCH_ENGINE_CPU") != best]
 
 
 def every_contest(setting: str, *, quick: bool) -> Iterator[Contest]:
@@ -59,13 +66,14 @@ def measure_settings(names: list[str], *, quick: bool) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.kernels", name, *(["--quick"] if quick else [])]
         more = environment | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=os.environ | more, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-        found[name] = json.loads(done.stdout) | {"load": load}
-    return {"machine": facts(), "sources": [library_fingerprint()], "kernels": kernel_facts(), "settings": found}
+        found[name] = json.loads(done.stdout) | {"load": load, "sources": library_fingerprint()}
+    return {"machine": facts(), "kernels": kernel_facts(), "settings": found}
 
 
 def report(record: dict[str, Any]) -> str:
-    """results/kernels.md."""
-    parts = ["# Kernels", *(__doc__ or "").strip().split("\n\n")]
+    """results/kernels-<the machine's best instruction set>.md."""
+    isa = record["kernels"]["instruction set"].split(",")[0]
+    parts = [f"# Kernels, best instruction set {isa}", *(__doc__ or "").strip().split("\n\n")]
     for setting, kept in record["settings"].items():
         known = list(every_contest(setting, quick=kept["quick"]))
         results = [Result.of_json(result, known) for result in kept["results"]]
@@ -88,7 +96,8 @@ def report(record: dict[str, Any]) -> str:
                 markdown(("work", "wins from", "ratio there", "largest tried", "ratio there"), list(smallest(growing))),
             ]
         parts += ["### Microseconds", *times(measured)]
-    return "\n\n".join([*parts, caption(record)]) + "\n"
+    sources = sorted({kept["sources"] for kept in record["settings"].values()})
+    return "\n\n".join([*parts, caption(record | {"sources": sources})]) + "\n"
 
 
 def lost_shapes(results: list[Result]) -> Iterator[str]:
