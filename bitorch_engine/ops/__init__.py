@@ -1,6 +1,6 @@
 """What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
-from bitorch_engine.ops import cpu
+from bitorch_engine.ops import cpu, triton
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.layout import is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
@@ -59,3 +59,4 @@ __all__ = [
 ]
 
 cpu.register()
+triton.register()

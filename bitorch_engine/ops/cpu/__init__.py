@@ -7,6 +7,7 @@ reference what its kernel does not do.
 from collections.abc import Callable
 from typing import Any
 
+from bitorch_engine.ops import triton
 from bitorch_engine.ops.cpu import bits, conv, grad_weight, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import implement, wanted_backend
@@ -38,6 +39,6 @@ def register() -> None:
     wanted = wanted_backend()
     if LIBRARY is None and wanted == "cpu":
         raise RuntimeError(f"BITORCH_ENGINE_BACKEND=cpu, but the CPU kernels are not there: {why_not_loaded()}")
-    if LIBRARY is not None and wanted != "reference":
+    if LIBRARY is not None and wanted != "reference" and not triton.interpreted():
         for name, function in IMPLEMENTATIONS.items():
             implement(name, function, "CPU")

@@ -1,0 +1,30 @@
+"""Conversions of floats that give the same bits on a GPU and in Triton's interpreter."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def narrowed(value, dtype: tl.constexpr):
+    """float32 values as another float type, rounded to nearest, ties to even.
+
+    bfloat16 is rounded by its bits: the interpreter of Triton 3.6 cuts them off.
+    """
+    if dtype == tl.bfloat16:
+        word = value.to(tl.int32, bitcast=True)
+        even = word + 0x7FFF + ((word >> 16) & 1)
+        upper = tl.where(value == value, even, word | 0x400000) >> 16  # a NaN stays one
+        result = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
+
+
+@triton.jit
+def widened(value):
+    """Values of a narrower float type as float32: exact."""
+    if value.dtype == tl.bfloat16:
+        result = (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        result = value.to(tl.float32)
+    return result
