@@ -15,7 +15,7 @@ READY := .venv/ready
 SINGLE := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style bench kernels sanitize check-arm
+.PHONY: help demo test check style bench kernels sanitize emulate check-arm
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
@@ -34,6 +34,11 @@ sanitize: $(READY)  ## run the tests of the kernels under AddressSanitizer and U
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON -DFOLDER=build/sanitize && cmake --build build/sanitize' >build/sanitize.log || { cat build/sanitize.log; exit 1; }
 	@$(SINGLE) BITORCH_ENGINE_LIBRARY=$(CURDIR)/build/sanitize/libbitorch_engine_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/cpu $(ARGS)
+
+emulate: $(READY)  ## run the tests of the AVX-512 and AMX kernels on a processor with AVX2; needs SIMDe (libsimde-dev)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'cmake -S . -B build/emulate -G Ninja -DEMULATE=ON -DFOLDER=build/emulate && cmake --build build/emulate' >build/emulate.log 2>&1 || { cat build/emulate.log; exit 1; }
+	@$(SINGLE) BITORCH_ENGINE_LIBRARY=$(CURDIR)/build/emulate/libbitorch_engine_cpu.so \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS) tests/ops/cpu $(ARGS)
 
 check-arm:  ## run csrc/tests compiled for aarch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user

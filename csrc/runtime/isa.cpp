@@ -17,6 +17,11 @@ bool has_avx2() {
          __builtin_cpu_supports("bmi2");
 }
 
+#if defined(BE_EMULATE)
+// Compiled for AVX2, with csrc/emulation.
+bool has_avx512() { return has_avx2(); }
+bool has_amx() { return has_avx2(); }
+#else
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -37,6 +42,7 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 #endif
 
 Isa detect() {
