@@ -44,8 +44,9 @@ emulate: $(READY)  ## run the tests of the AVX-512 and AMX kernels on a processo
 check-arm:  ## run csrc/tests compiled for aarch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user
 	@cmake -S . -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DFOLDER=build/arm >/dev/null
-	@cmake --build build/arm --target smoke >/dev/null
+	@cmake --build build/arm --target smoke agreement >/dev/null
 	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/smoke
+	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/agreement
 
 check: $(READY)  ## lint, formatting and types, changing nothing
 	@$(BIN)/ruff check .

@@ -1,0 +1,26 @@
+#include "agreement.h"
+
+extern "C" {
+int be_kernel_count();
+const char* be_kernel_name(int index);
+}
+
+int main() {
+  using namespace bitorch_engine;
+  Agreement agreement;
+  check_binary(agreement);
+  check_bits(agreement);
+  check_grad_weight(agreement);
+  check_gradient(agreement);
+  check_linear(agreement);
+  check_qconv(agreement);
+  check_quantize(agreement);
+  check_update(agreement);
+  bool all = true;
+  for (int kernel = 0; kernel < be_kernel_count(); ++kernel) {
+    if (agreement.checked(be_kernel_name(kernel))) continue;
+    std::printf("%s has no check in csrc/tests\n", be_kernel_name(kernel));
+    all = false;
+  }
+  return agreement.failed() || !all;
+}

@@ -1,0 +1,20 @@
+#include "grad_weight/grad_weight.h"
+
+#include "agreement.h"
+
+namespace bitorch_engine {
+
+void check_grad_weight(Agreement& agreement) {
+  agreement.check(interleave_kernel, 100, [](InterleaveFunction interleave, Random& random) {
+    const int64_t quads = random.between(1, 20), channels = random.between(1, LANES), block_bytes = 64 * quads;
+    const std::vector<uint8_t> image = random.bytes(2000);
+    std::vector<int64_t> bases(4 * quads);
+    for (int64_t& base : bases) base = random.between(0, 2000 - channels);
+    std::vector<int8_t> out((channels + 15) / 16 * block_bytes);
+    std::vector<int32_t> sums(LANES, 7);
+    interleave(image.data(), bases.data(), quads, channels, out.data(), block_bytes, sums.data());
+    return Written().add(out).add(sums);
+  });
+}
+
+}  // namespace bitorch_engine
