@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "bits/bits.h"
 #include "qconv/product.h"
 #include "qconv/qconv.h"
@@ -7,72 +9,111 @@
 namespace bitorch_engine {
 namespace {
 
-// MR pixels times half a block of channels. vpmaddubsw adds two products in 16 bits and saturates. PAIRS such sums fit
-// together: so many steps are added there before they are widened, which saves two operations of three. Where not one
-// fits, PAIRS is 0, and each weight is taken as 2 * half + bit.
-template <int MR, int PAIRS>
-void tile(const Tile& t, int64_t first, const int8_t* weights, int32_t* totals) {
-  constexpr int STEPS = PAIRS > 0 ? PAIRS : 1;
-  const __m256i one = _mm256_set1_epi16(1);
-  __m256i acc[MR];
+constexpr int64_t PIXELS = 4;  // of a tile
+
+// MR pixels times a block of 16 channels, STEPS steps of four products each: totals += unit * sums.
+// vpmaddubsw adds two products in 16 bits; STEPS such sums fit there before they are widened.
+template <int MR, int STEPS>
+__attribute__((always_inline)) inline void steps(const uint8_t* const (&pixel)[MR], int64_t k, const int8_t* weights,
+                                                 __m256i unit, int32_t* totals) {
+  __m256i sum[MR][2];
+#pragma GCC unroll 16
+  for (int g = 0; g < STEPS; ++g) {
+    const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 64 * g));
+    const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 64 * g + 32));
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) acc[m] = _mm256_setzero_si256();
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const uint8_t* pixel[MR];
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
-    for (int64_t k = 0; k < t.tap_depth; k += 4 * STEPS, weights += 64 * STEPS) {
-      __m256i sum[MR];
-#pragma GCC unroll 4
-      for (int g = 0; g < STEPS; ++g) {
-        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 64 * g));
-        const __m256i flipped = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-        const __m256i shifted = _mm256_and_si256(_mm256_srli_epi16(flipped, 1), _mm256_set1_epi8(127));
-        const __m256i half = _mm256_sub_epi8(shifted, _mm256_set1_epi8(64));
-        const __m256i bit = _mm256_and_si256(w, _mm256_set1_epi8(1));
-#pragma GCC unroll 4
-        for (int m = 0; m < MR; ++m) {
-          int four;
-          __builtin_memcpy(&four, pixel[m] + k + 4 * g, 4);
-          const __m256i x = _mm256_set1_epi32(four);
-          if (PAIRS > 0) {
-            const __m256i two = _mm256_maddubs_epi16(x, w);
-            sum[m] = g ? _mm256_add_epi16(sum[m], two) : two;
-          } else {
-            const __m256i halves = _mm256_madd_epi16(_mm256_maddubs_epi16(x, half), _mm256_set1_epi16(2));
-            sum[m] = _mm256_add_epi32(halves, _mm256_madd_epi16(_mm256_maddubs_epi16(x, bit), one));
-          }
-        }
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m)
-        acc[m] = _mm256_add_epi32(acc[m], PAIRS > 0 ? _mm256_madd_epi16(sum[m], one) : sum[m]);
+    for (int m = 0; m < MR; ++m) {
+      int four;
+      __builtin_memcpy(&four, pixel[m] + k + 4 * g, 4);
+      const __m256i x = _mm256_set1_epi32(four);
+      const __m256i a = _mm256_maddubs_epi16(x, left), b = _mm256_maddubs_epi16(x, right);
+      sum[m][0] = g ? _mm256_add_epi16(sum[m][0], a) : a;
+      sum[m][1] = g ? _mm256_add_epi16(sum[m][1], b) : b;
+      // Or else the compiler multiplies all first and adds later, and spills every product.
+      __asm__ volatile("" : "+x"(sum[m][0]), "+x"(sum[m][1]));
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + (first + m) * COLUMNS), acc[m]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      __m256i* total = reinterpret_cast<__m256i*>(totals + m * COLUMNS + 8 * j);
+      _mm256_storeu_si256(total, _mm256_add_epi32(_mm256_loadu_si256(total), _mm256_madd_epi16(sum[m][j], unit)));
+    }
 }
 
-using TileFunction = void (*)(const Tile&, int64_t, const int8_t*, int32_t*);
-template <int PAIRS>
-constexpr TileFunction TILES[3] = {tile<1, PAIRS>, tile<2, PAIRS>, tile<3, PAIRS>};
+// Eight 16-bit sums, two vectors of weights and a pixel are in registers; the totals are in the L1 cache, touched once in
+// STEPS steps.
+template <int MR, int STEPS>
+void tile(const Tile& t, int64_t first, const int8_t* weights, int unit, int32_t* totals) {
+  const __m256i units = _mm256_set1_epi16(static_cast<int16_t>(unit));
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const uint8_t* pixel[MR];
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
+    int64_t k = 0;
+    for (; k + 4 * STEPS <= t.tap_depth; k += 4 * STEPS, weights += 64 * STEPS)
+      steps<MR, STEPS>(pixel, k, weights, units, totals);
+    if (STEPS > 4)
+      for (; k + 16 <= t.tap_depth; k += 16, weights += 64 * 4) steps<MR, 4>(pixel, k, weights, units, totals);
+    for (; k < t.tap_depth; k += 4, weights += 64) steps<MR, 1>(pixel, k, weights, units, totals);
+  }
+}
 
-const TileFunction* tiles_for(const Tile& t) {
-  if (t.pairs >= 4 && t.tap_depth % 16 == 0) return TILES<4>;
-  if (t.pairs >= 2 && t.tap_depth % 8 == 0) return TILES<2>;
-  return t.pairs >= 1 ? TILES<1> : TILES<0>;
+using TileFunction = void (*)(const Tile&, int64_t, const int8_t*, int, int32_t*);
+template <int STEPS>
+constexpr TileFunction TILES[PIXELS] = {tile<1, STEPS>, tile<2, STEPS>, tile<3, STEPS>, tile<4, STEPS>};
+
+const TileFunction* tiles_for(int64_t pairs) {
+  return pairs >= 16 ? TILES<16> : pairs >= 8 ? TILES<8> : pairs >= 4 ? TILES<4> : TILES<2>;
+}
+
+// All pixels times one block.
+void multiply_block(const Tile& t, const TileFunction* tiles, const int8_t* weights, int unit, int32_t* totals) {
+  for (int64_t i = 0; i < t.count; i += PIXELS)
+    tiles[(t.count - i < PIXELS ? t.count - i : PIXELS) - 1](t, i, weights, unit, totals + i * COLUMNS);
+}
+
+// Where not two sums fit, each weight is taken as 16 * high + low, with -8 <= high <= 8 and -8 <= low <= 7: two products
+// of eight sums each. The halves are made for SOME products of a tap and all pixels at a time.
+void multiply_halves(Tile t, const int8_t* weights, int32_t* totals) {
+  constexpr int64_t SOME = 256;
+  alignas(32) int8_t high[SOME * BLOCK], low[SOME * BLOCK];
+  const int64_t* offsets = t.offsets;
+  const int64_t taps = t.taps, depth = t.tap_depth;
+  int64_t offset;
+  t.offsets = &offset;
+  t.taps = 1;
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t k = 0; k < depth; k += SOME) {
+      offset = offsets[tap] + k;
+      t.tap_depth = depth - k < SOME ? depth - k : SOME;
+      for (int64_t i = 0; i < t.tap_depth * BLOCK; i += 32, weights += 32) {
+        // The high half of w + 8 without sign: bytes have no shift of their own.
+        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
+        const __m256i shifted = _mm256_srli_epi16(_mm256_add_epi8(w, _mm256_set1_epi8(-120)), 4);  // w + 8 + 128
+        // w + 136 does not fit a byte from 120 on: those have a high half of 8.
+        const __m256i beyond = _mm256_and_si256(_mm256_cmpgt_epi8(w, _mm256_set1_epi8(119)), _mm256_set1_epi8(16));
+        const __m256i part = _mm256_add_epi8(_mm256_and_si256(shifted, _mm256_set1_epi8(15)), beyond);
+        const __m256i h = _mm256_sub_epi8(part, _mm256_set1_epi8(8));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(high + i), h);
+        const __m256i sixteen = _mm256_slli_epi16(_mm256_and_si256(h, _mm256_set1_epi8(15)), 4);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(low + i), _mm256_sub_epi8(w, sixteen));
+      }
+      multiply_block(t, TILES<8>, high, 16, totals);
+      multiply_block(t, TILES<8>, low, 1, totals);
+    }
 }
 
 }  // namespace
 
 void multiply_avx2(const Tile& t) {
-  const TileFunction* tiles = tiles_for(t);
-  for (int64_t b = 0; b < t.blocks; ++b)
-    for (int64_t i = 0; i < t.count; i += 3)
-      for (int64_t half = 0; half < 2; ++half)
-        tiles[(t.count - i < 3 ? t.count - i : 3) - 1](t, i, t.weights + b * t.block_bytes + 32 * half,
-                                                       t.totals + b * BLOCK + 8 * half);
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    int32_t* totals = t.totals + b * BLOCK;
+    for (int64_t i = 0; i < t.count; ++i) std::memset(totals + i * COLUMNS, 0, BLOCK * sizeof(int32_t));
+    if (t.pairs >= 2) multiply_block(t, tiles_for(t.pairs), t.weights + b * t.block_bytes, 1, totals);
+    else multiply_halves(t, t.weights + b * t.block_bytes, totals);
+  }
 }
 
 void decode_avx2(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
