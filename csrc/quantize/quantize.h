@@ -29,6 +29,9 @@ bool quantize_activation_scalar(const void* x, Dtype dtype, int64_t pixel_stride
                                 int64_t pixels, int64_t channels, ActivationRule rule, uint8_t* out,
                                 int64_t out_stride, uint8_t* beyond);
 
+bool quantize_activation_avx2(const void* x, Dtype dtype, int64_t pixel_stride, int64_t channel_stride, int64_t pixels,
+                              int64_t channels, ActivationRule rule, uint8_t* out, int64_t out_stride, uint8_t* beyond);
+
 bool quantize_activation_avx512(const void* x, Dtype dtype, int64_t pixel_stride, int64_t channel_stride,
                                 int64_t pixels, int64_t channels, ActivationRule rule, uint8_t* out,
                                 int64_t out_stride, uint8_t* beyond);

@@ -1,0 +1,147 @@
+#include <immintrin.h>
+
+#include "quantize/quantize.h"
+#include "runtime/transpose.h"
+
+namespace bitorch_engine {
+namespace {
+
+struct Rule {
+  __m256 inverse, low, high;  // the lowest and the highest code
+  __m256i zero, step;         // added to a code to get the index; 1 bit: what the index 1 is written as
+};
+
+template <Dtype dtype>
+__m256 load(const void* x, int64_t i) {
+  if (dtype == FLOAT32) return _mm256_loadu_ps(static_cast<const float*>(x) + i);
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(x) + i));
+  if (dtype == FLOAT16) return _mm256_cvtph_ps(half);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+// What does not fit a float or is no number makes `odd` NaN.
+template <bool sign, bool with_beyond>
+__m256i quantize(__m256 x, const Rule& rule, __m256& odd, __m256i& beyond) {
+  const __m256 ratio = _mm256_mul_ps(x, rule.inverse);
+  odd = _mm256_fmadd_ps(ratio, _mm256_setzero_ps(), odd);
+  if (sign) {
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), ratio);
+    if (with_beyond) beyond = _mm256_castps_si256(_mm256_cmp_ps(size, _mm256_set1_ps(1), _CMP_GT_OQ));
+    return _mm256_castps_si256(_mm256_cmp_ps(ratio, _mm256_setzero_ps(), _CMP_GE_OQ));
+  }
+  const __m256i code = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(ratio, rule.low), rule.high));
+  if (with_beyond) {
+    const __m256 value = _mm256_cvtepi32_ps(code);
+    const __m256 below = _mm256_cmp_ps(ratio, rule.low, _CMP_LT_OQ), above = _mm256_cmp_ps(ratio, value, _CMP_GT_OQ);
+    const __m256 lowest = _mm256_cmp_ps(value, rule.low, _CMP_EQ_OQ);
+    beyond = _mm256_castps_si256(_mm256_blendv_ps(above, below, lowest));
+  }
+  return code;
+}
+
+// Four vectors of numbers that fit 16 bits to one of 16 bits twice. Packing works within 128-bit lanes; `order` repairs it.
+__m256i in_order(__m256i packed) {
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+template <bool sign>
+__m256i bytes_of(const __m256i (&code)[4], const Rule& rule) {
+  const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+  if (sign) return _mm256_and_si256(in_order(_mm256_packs_epi16(low, high)), rule.step);
+  const __m256i index = _mm256_packus_epi16(_mm256_add_epi16(low, rule.zero), _mm256_add_epi16(high, rule.zero));
+  return in_order(index);
+}
+
+// 32 values at a time. Returns whether one was odd: then all are to be done again.
+template <Dtype dtype, bool sign, bool with_beyond>
+bool quantize_blocks(const void* x, int64_t start, int64_t count, const Rule& rule, uint8_t* out, uint8_t* beyond) {
+  __m256 odd = _mm256_setzero_ps();
+  for (int64_t i = 0; i < count; i += 32) {
+    __m256i code[4], outside[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      code[j] = quantize<sign, with_beyond>(load<dtype>(x, start + i + 8 * j), rule, odd, outside[j]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes_of<sign>(code, rule));
+    if (with_beyond) {
+      const __m256i low = _mm256_packs_epi32(outside[0], outside[1]), high = _mm256_packs_epi32(outside[2], outside[3]);
+      const __m256i mask = in_order(_mm256_packs_epi16(low, high));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(beyond + i), _mm256_and_si256(mask, _mm256_set1_epi8(1)));
+    }
+  }
+  return _mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0;
+}
+
+using Blocks = bool (*)(const void*, int64_t, int64_t, const Rule&, uint8_t*, uint8_t*);
+
+template <Dtype dtype>
+Blocks blocks_for(bool sign, bool with_beyond) {
+  if (sign) return with_beyond ? quantize_blocks<dtype, true, true> : quantize_blocks<dtype, true, false>;
+  return with_beyond ? quantize_blocks<dtype, false, true> : quantize_blocks<dtype, false, false>;
+}
+
+// A run of values that lie together, in x and in out.
+struct Run {
+  Dtype dtype;
+  ActivationRule rule;
+  Rule vectors;
+  Blocks blocks;
+
+  Run(Dtype dtype, const ActivationRule& rule, bool with_beyond)
+      : dtype(dtype),
+        rule(rule),
+        vectors{_mm256_set1_ps(rule.inverse_scale), _mm256_set1_ps(rule.low),
+                _mm256_set1_ps(rule.low + static_cast<float>((1 << rule.bits) - 1)),
+                _mm256_set1_epi16(static_cast<int16_t>(-rule.low)), _mm256_set1_epi8(static_cast<char>(rule.step))},
+        blocks(dtype == FLOAT32    ? blocks_for<FLOAT32>(rule.bits == 1, with_beyond)
+               : dtype == BFLOAT16 ? blocks_for<BFLOAT16>(rule.bits == 1, with_beyond)
+                                   : blocks_for<FLOAT16>(rule.bits == 1, with_beyond)) {}
+
+  bool operator()(const void* x, int64_t start, int64_t count, uint8_t* out, uint8_t* beyond) const {
+    int64_t whole = count & ~int64_t{31};
+    if (blocks(x, start, whole, vectors, out, beyond)) whole = 0;  // rare
+    if (whole == count) return false;
+    const uint8_t* rest = static_cast<const uint8_t*>(x) + (start + whole) * (dtype == FLOAT32 ? 4 : 2);
+    return quantize_activation_scalar(rest, dtype, count - whole, 1, 1, count - whole, rule, out + whole, count - whole,
+                                      beyond ? beyond + whole : nullptr);
+  }
+};
+
+// Pixels lie together in x, channels in out: 16 lines of pixels become bytes, which are turned.
+bool quantize_planes(const Run& run, const void* x, int64_t channel_stride, int64_t pixels, int64_t channels, uint8_t* out,
+                     int64_t out_stride, uint8_t* beyond) {
+  constexpr int64_t PIXELS = 256;
+  alignas(32) uint8_t codes[16 * PIXELS], outside[16 * PIXELS];
+  bool odd = false;
+  for (int64_t p = 0; p < pixels; p += PIXELS) {
+    const int64_t wide = pixels - p < PIXELS ? pixels - p : PIXELS;
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t deep = channels - c < 16 ? channels - c : 16, to = p * out_stride + c;
+      for (int64_t k = 0; k < deep; ++k)
+        odd |= run(x, (c + k) * channel_stride + p, wide, codes + k * PIXELS, beyond ? outside + k * PIXELS : nullptr);
+      transpose_bytes(codes, deep, wide, PIXELS, out + to, out_stride);
+      if (beyond) transpose_bytes(outside, deep, wide, PIXELS, beyond + to, out_stride);
+    }
+  }
+  return odd;
+}
+
+}  // namespace
+
+bool quantize_activation_avx2(const void* x, Dtype dtype, int64_t pixel_stride, int64_t channel_stride, int64_t pixels,
+                              int64_t channels, ActivationRule rule, uint8_t* out, int64_t out_stride, uint8_t* beyond) {
+  if (channel_stride != 1 && pixel_stride != 1 && pixels > 1)
+    return quantize_activation_scalar(x, dtype, pixel_stride, channel_stride, pixels, channels, rule, out, out_stride,
+                                      beyond);
+  const Run run(dtype, rule, beyond != nullptr);
+  if (channel_stride != 1) return quantize_planes(run, x, channel_stride, pixels, channels, out, out_stride, beyond);
+  if (pixel_stride == channels && out_stride == channels) {
+    channels *= pixels;
+    pixels = 1;
+  }
+  bool odd = false;
+  for (int64_t p = 0; p < pixels; ++p)
+    odd |= run(x, p * pixel_stride, channels, out + p * out_stride, beyond ? beyond + p * out_stride : nullptr);
+  return odd;
+}
+
+}  // namespace bitorch_engine
