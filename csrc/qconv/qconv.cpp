@@ -24,7 +24,8 @@ const Kernel<FinishFunction> finish_kernel{
 
 namespace {
 
-constexpr int64_t PANEL_BYTES = 1 << 20;  // decoded weights that are used together: they should stay in the L2 cache
+// Decoded weights that are used together: they should stay in the L2 cache, of which processors without AVX-512 have less.
+int64_t panel_bytes() { return current_isa() < AVX512 ? 1 << 18 : 1 << 20; }
 
 // What stays the same over a whole call.
 struct Call {
@@ -152,7 +153,7 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
   const int64_t one_tap = 0;
 
   constexpr int64_t STEP = COLUMNS / BLOCK;
-  const int64_t panel_blocks = std::max(STEP, PANEL_BYTES / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1));
+  const int64_t panel_blocks = std::max(STEP, panel_bytes() / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1));
   const bool packed = call.bits != 8;
   const auto panel = new_buffer<int8_t>(packed ? std::min(panel_blocks, last_block - first_block) * block_bytes : 0);
   const auto gathered = new_buffer<uint8_t>(runs.gather ? ROWS * phase.depth : 0);

@@ -105,6 +105,122 @@ void multiply_halves(Tile t, const int8_t* weights, int32_t* totals) {
     }
 }
 
+// The epilogue of eight channels: what is the same in every row stays in registers.
+struct Channels {
+  __m256i zero;
+  __m256 factor, bias, poison;
+  bool has_bias;
+
+  Channels(const Epilogue& e, int64_t o)
+      : zero(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(e.zero_sum + o))),
+        factor(_mm256_loadu_ps(e.factor + o)),
+        bias(e.bias ? _mm256_loadu_ps(e.bias + o) : _mm256_setzero_ps()),
+        poison(_mm256_set1_ps(e.poison)),
+        has_bias(e.bias != nullptr) {}
+
+  __m256 value(const int32_t* totals, const float* sample_factor) const {
+    const __m256i total = _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(totals)), zero);
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(total), factor);
+    if (sample_factor) value = _mm256_mul_ps(value, _mm256_set1_ps(*sample_factor));
+    if (has_bias) value = _mm256_add_ps(value, bias);
+    return _mm256_add_ps(value, poison);
+  }
+};
+
+__m128i narrow(__m256i words) { return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)); }
+
+__m128i bfloat16_of(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return narrow(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan));
+}
+
+// Eight numbers that follow each other.
+void store(__m256 value, const Epilogue& e, uint8_t* out) {
+  if (e.bytes) {
+    // NaN becomes the least of all integers.
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(1e6f), value));
+    const __m256i byte = _mm256_add_epi32(whole, _mm256_set1_epi32(e.zero));
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(byte), _mm256_extracti128_si256(byte, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(half, half));
+  } else if (e.dtype == FLOAT32) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(out), value);
+  } else {
+    const __m128i half = e.dtype == BFLOAT16 ? bfloat16_of(value) : _mm256_cvtps_ph(value, 0);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half);
+  }
+}
+
+// Channels o .. o + 8 * NV - 1 of all rows, where channels are last.
+template <int NV>
+void finish_rows(const int32_t* totals, int64_t count, int64_t o, const Epilogue& e, void* const* out) {
+  const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
+  const Channels left(e, o), right(e, o + 8 * (NV - 1));
+  for (int64_t i = 0; i < count; ++i) {
+    const float* sample_factor = e.sample_factor ? e.sample_factor + i : nullptr;
+    const int32_t* row = totals + i * COLUMNS + o;
+    uint8_t* to = static_cast<uint8_t*>(out[i]) + o * element;
+    store(left.value(row, sample_factor), e, to);
+    if (NV == 2) store(right.value(row + 8, sample_factor), e, to + 8 * element);
+  }
+}
+
+// Eight rows of eight to eight columns of eight.
+void transpose(__m256 (&r)[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+// Channels o .. o + 7 of all rows, each channel in a plane of its own, `plane` bytes apart: eight pixels that follow
+// each other in memory are turned together.
+void finish_planes(const int32_t* totals, int64_t count, int64_t o, const Epilogue& e, void* const* out, int64_t plane,
+                   int64_t element) {
+  const Channels channels(e, o);
+  const auto value = [&](int64_t i) {
+    return channels.value(totals + i * COLUMNS + o, e.sample_factor ? e.sample_factor + i : nullptr);
+  };
+  for (int64_t i = 0; i < count;) {
+    uint8_t* first = static_cast<uint8_t*>(out[i]);
+    int64_t run = 1;
+    while (run < 8 && i + run < count && out[i + run] == first + run * element) ++run;
+    if (run == 8) {
+      __m256 r[8];
+#pragma GCC unroll 8
+      for (int q = 0; q < 8; ++q) r[q] = value(i + q);
+      transpose(r);
+#pragma GCC unroll 8
+      for (int c = 0; c < 8; ++c) store(r[c], e, first + (o + c) * plane);
+      i += 8;
+      continue;
+    }
+    for (int64_t end = i + run; i < end; ++i, first += element) {
+      alignas(32) uint8_t values[32];
+      store(value(i), e, values);
+      for (int64_t c = 0; c < 8; ++c) std::memcpy(first + (o + c) * plane, values + c * element, element);
+    }
+  }
+}
+
 }  // namespace
 
 void multiply_avx2(const Tile& t) {
@@ -117,36 +233,38 @@ void multiply_avx2(const Tile& t) {
 }
 
 void decode_avx2(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
-  unpack_kernel.pick()(packed, reinterpret_cast<uint8_t*>(codes), count, bits);
+  constexpr int64_t SOME = 1024;  // values that stay in the L1 cache until the lowest code is added
+  const auto unpack = unpack_kernel.pick();
   const __m256i low = _mm256_set1_epi8(static_cast<char>(lowest_code(bits)));
-  for (int64_t i = 0; i < count; i += 32) {
-    __m256i* place = reinterpret_cast<__m256i*>(codes + i);
-    __m256i index = _mm256_loadu_si256(place);
-    if (bits == 1) index = _mm256_add_epi8(index, index);
-    _mm256_storeu_si256(place, _mm256_add_epi8(index, low));
+  for (int64_t i = 0; i < count; i += SOME, packed += SOME / 8 * bits) {
+    unpack(packed, reinterpret_cast<uint8_t*>(codes + i), SOME, bits);
+    for (int64_t j = i; j < i + SOME; j += 32) {
+      __m256i* place = reinterpret_cast<__m256i*>(codes + j);
+      __m256i index = _mm256_loadu_si256(place);
+      if (bits == 1) index = _mm256_add_epi8(index, index);
+      _mm256_storeu_si256(place, _mm256_add_epi8(index, low));
+    }
   }
 }
 
 void finish_avx2(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
                  int64_t channel_stride) {
-  const int64_t whole = channel_stride == 1 && e.dtype == FLOAT32 && !e.bytes ? channels & ~int64_t{7} : 0;
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t o = 0; o < whole; o += 8) {
-      const __m256i total = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(totals + i * COLUMNS + o));
-      const __m256i zero = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(e.zero_sum + o));
-      __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(total, zero)), _mm256_loadu_ps(e.factor + o));
-      if (e.sample_factor) value = _mm256_mul_ps(value, _mm256_set1_ps(e.sample_factor[i]));
-      if (e.bias) value = _mm256_add_ps(value, _mm256_loadu_ps(e.bias + o));
-      _mm256_storeu_ps(static_cast<float*>(out[i]) + o, _mm256_add_ps(value, _mm256_set1_ps(e.poison)));
-    }
+  const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2, whole = channels & ~int64_t{7};
+  if (channel_stride == 1) {
+    int64_t o = 0;
+    for (; o + 16 <= channels; o += 16) finish_rows<2>(totals, count, o, e, out);
+    if (o < whole) finish_rows<1>(totals, count, o, e, out);
+  } else {
+    for (int64_t o = 0; o < whole; o += 8) finish_planes(totals, count, o, e, out, channel_stride * element, element);
+  }
   if (whole == channels) return;
   Epilogue rest = e;
   rest.zero_sum += whole;
   rest.factor += whole;
   if (e.bias) rest.bias += whole;
   void* places[ROWS];
-  for (int64_t i = 0; i < count; ++i) places[i] = static_cast<float*>(out[i]) + whole;
-  finish_scalar(totals + whole, count, channels - whole, rest, whole ? places : out, channel_stride);
+  for (int64_t i = 0; i < count; ++i) places[i] = static_cast<uint8_t*>(out[i]) + whole * channel_stride * element;
+  finish_scalar(totals + whole, count, channels - whole, rest, places, channel_stride);
 }
 
 }  // namespace bitorch_engine
