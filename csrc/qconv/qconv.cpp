@@ -235,18 +235,6 @@ void multiply_all(const Call& call, int threads) {
 
 using namespace bitorch_engine;
 
-// The arguments of be_qconv that are not tensors of a layer; ops/cpu/conv.py has the same fields.
-struct QconvArguments {
-  Geometry geometry;
-  int64_t scatter, rows_are_results;  // see product.h
-  int64_t source;                     // SourceKind
-  int64_t x_dtype, x_sample, x_channel, x_step[3];  // floats: dtype and strides in elements
-  int64_t x_bits;                                   // bits of the activation's codes
-  int64_t w_bits, w_arranged_bits;
-  int64_t out_dtype, out_bytes, out_zero, out_sample, out_channel, out_step[3];
-  int64_t threads;
-};
-
 // x: floats, a packed stream of codes, or signed gradient codes.  scale, low: of the activation quantizer.
 // factor: one float a result channel; where x are floats it is multiplied by *scale here.
 // sums: of be_qconv_arrange.  poison: added to every result, or null.  Returns 0.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "quantize/quantize.h"
+#include "runtime/geometry.h"
 #include "runtime/table.h"
 
 namespace bitorch_engine {
@@ -70,5 +71,17 @@ extern const Kernel<MultiplyFunction> multiply_kernel;
 extern const Kernel<DecodeFunction> decode_kernel;
 extern const Kernel<FinishFunction> finish_kernel;
 extern const Kernel<SplitFunction> split_kernel;
+
+// The arguments of be_qconv and be_depthwise that are not tensors of a layer; ops/cpu/conv.py has the same fields.
+struct QconvArguments {
+  Geometry geometry;
+  int64_t scatter, rows_are_results;  // see product.h
+  int64_t source;                     // SourceKind
+  int64_t x_dtype, x_sample, x_channel, x_step[3];  // floats: dtype and strides in elements
+  int64_t x_bits;                                   // bits of the activation's codes
+  int64_t w_bits, w_arranged_bits;
+  int64_t out_dtype, out_bytes, out_zero, out_sample, out_channel, out_step[3];
+  int64_t threads;
+};
 
 }  // namespace bitorch_engine

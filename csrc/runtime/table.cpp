@@ -2,6 +2,7 @@
 
 #include "binary/binary.h"
 #include "bits/bits.h"
+#include "depthwise/depthwise.h"
 #include "grad_weight/grad_weight.h"
 #include "gradient/gradient.h"
 #include "linear/linear.h"
@@ -26,6 +27,8 @@ const Row kernels[] = {
     largest_kernel.row(),
     round_kernel.row(),
     straight_through_kernel.row(),
+    depthwise_kernel.row(),
+    depthwise_gradient_kernel.row(),
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),

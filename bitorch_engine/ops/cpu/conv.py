@@ -1,9 +1,9 @@
 """Integer convolutions of packed weights: forward and the gradient of the input."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitorch_engine.ops.cpu import binary
 from bitorch_engine.ops.cpu.arranged import arranged
-from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
+from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
@@ -21,16 +21,19 @@ _arranged_values = function("be_qconv_arranged_values", POINTER, INT, INT, resul
 _phases = function("be_qconv_phases", POINTER, INT, INT, result=INT64)
 _arrange = function("be_qconv_arrange", POINTER, INT, INT, POINTER, INT, INT, POINTER, POINTER, INT)
 _qconv = function("be_qconv", *[POINTER] * 11, result=INT)
+_depthwise_bytes = function("be_depthwise_arranged_bytes", POINTER, INT, INT, result=INT64)
+_depthwise_lanes = function("be_depthwise_lanes", POINTER, INT, INT, result=INT64)
+_depthwise_arrange = function("be_depthwise_arrange", POINTER, INT, INT, POINTER, INT, POINTER, POINTER)
+_depthwise = function("be_depthwise", *[POINTER] * 11, result=INT)
 
 _FLOATS, _CODES, _GRADIENT = 0, 1, 2  # SourceKind of csrc/qconv/image.h
-_FEWEST = 4  # channels of a group: of fewer, as in a depthwise convolution, blocks are mostly filling
 _DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
 
 _Triple = ctypes.c_int64 * 3
 
 
 class _Arguments(ctypes.Structure):
-    """QconvArguments of csrc/qconv/qconv.cpp."""
+    """QconvArguments of csrc/qconv/qconv.h."""
 
     _fields_ = (
         ("geometry", Geometry),
@@ -71,6 +74,7 @@ class _Problem:
         _set_strides(self.arguments, "out", out_strides)
         self.address = ctypes.addressof(self.arguments)
         # What the order of the weights depends on; where nothing scatters, not on the sizes of the maps.
+        self.narrow = is_narrow(place, self.arguments.scatter)
         self.order: tuple[Any, ...] = (weight_shape, c.groups, forward)
         if self.arguments.scatter:
             self.order += (c, x if forward == c.transposed else out)
@@ -79,6 +83,11 @@ class _Problem:
         """The weight in the engine's order, and the sums of its codes."""
         a = self.arguments
         place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
+        if self.narrow:
+            weights = torch.empty(_depthwise_bytes(*place), dtype=torch.uint8)
+            sums = torch.empty(_phases(*place), _depthwise_lanes(*place), dtype=torch.int32)
+            _depthwise_arrange(*place, packed.data_ptr(), a.w_bits, weights.data_ptr(), sums.data_ptr())
+            return weights, sums
         g = a.geometry
         blocks = g.groups * -(-((g.in_channels if a.scatter else g.out_channels) // g.groups) // 16)
         weights = torch.empty(_arranged_values(*place) * a.w_arranged_bits // 8, dtype=torch.uint8)
@@ -101,7 +110,7 @@ class _Problem:
         keep: bool,
     ) -> Tensor:
         weights, sums = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
-        _qconv(
+        not_finite = (_depthwise if self.narrow else _qconv)(
             self.address,
             x.data_ptr(),
             None if scale is None else scale.data_ptr(),
@@ -114,7 +123,7 @@ class _Problem:
             None if poison is None else poison.data_ptr(),
             out.data_ptr(),
         )
-        return out
+        return out.fill_(math.nan) if not_finite else out
 
 
 @lru_cache(maxsize=1024)
@@ -134,11 +143,9 @@ def _problem(
     """(problem, shape of the result, its strides), or None for what the kernel does not have."""
     convolution = Convolution(*fields)
     out = tuple(convolution.output_shape(shape, weight_shape))
-    taps = prod(weight_shape[2:])
+    taps = math.prod(weight_shape[2:])
     deepest = max(shape[1], out[1]) // convolution.groups * taps
     if {x_dtype, out_dtype} - DTYPES.keys() or len(shape) > 5 or not 0 < deepest < _DEEPEST or min(*shape, *out) < 1:
-        return None
-    if convolution.groups > 1 and min(shape[1], out[1]) // convolution.groups < _FEWEST:
         return None
     forward = kind != _GRADIENT
     result = out if forward else shape

@@ -83,6 +83,19 @@ def _geometry(
     return Geometry(shape[0], shape[1], out[1], groups, *triples)
 
 
+def is_narrow(g: Geometry, scatter: bool) -> bool:
+    """Whether groups have so few channels that the kernels of csrc/depthwise/ do less work than those of csrc/qconv/.
+
+    scatter: results are channels of the input, as in csrc/qconv/product.h.
+    """
+    inputs, outputs = g.in_channels // g.groups, g.out_channels // g.groups
+    deep, wide = (outputs, inputs) if scatter else (inputs, outputs)
+    # Multiplications, with what fills up blocks of 16 results by 4 channels, and blocks of 32 lanes.
+    blocks = g.groups * -(-wide // 16) * 16 * -(-deep // 4) * 4
+    lanes = -(-g.groups * wide // 32) * 32 * deep
+    return g.groups > 1 and 2 * lanes <= blocks
+
+
 def hashable(fields: Sequence[Any]) -> tuple[Any, ...]:
     """Arguments of an op, lists of integers among them, as a key."""
     return tuple([tuple(field) if isinstance(field, list) else field for field in fields])

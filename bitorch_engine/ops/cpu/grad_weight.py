@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitorch_engine.ops.cpu.geometry import geometry
+from bitorch_engine.ops.cpu.geometry import geometry, is_narrow
 from bitorch_engine.ops.cpu.loading import FLOAT, INT, POINTER, function, threads
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.bits import unpack
 from bitorch_engine.ops.reference.conv import Convolution
 
-_grad_weight = function("be_grad_weight", POINTER, INT, POINTER, POINTER, FLOAT, INT, POINTER, POINTER, INT)
-
-_FEWEST = 4  # channels a group: with fewer, as in a depthwise convolution, a matrix product is mostly filling
+_ARGUMENTS = (POINTER, INT, POINTER, POINTER, FLOAT, INT, POINTER, POINTER, INT)
+_grad_weight = function("be_grad_weight", *_ARGUMENTS)
+_depthwise_grad_weight = function("be_depthwise_grad_weight", *_ARGUMENTS)
 
 
 def conv_grad_weight(
@@ -31,11 +31,7 @@ def conv_grad_weight(
 ) -> Tensor:
     *fields, dtype = rest
     c = Convolution(*fields)
-    if (
-        len(shape) > 5
-        or min(*shape, *grad_codes.shape, *weight_shape) < 1
-        or (c.groups > 1 and min(weight_shape[0] // c.groups, weight_shape[1]) < _FEWEST)
-    ):
+    if len(shape) > 5 or min(*shape, *grad_codes.shape, *weight_shape) < 1:
         return reference.conv_grad_weight(grad_codes, grad_scale, codes, scale, low, a_bit, shape, weight_shape, *rest)
     out = c.output_shape(shape, weight_shape)
     if c.transposed:
@@ -46,7 +42,7 @@ def conv_grad_weight(
         rows, columns = grad_codes, codes
     grad = torch.empty(list(weight_shape), dtype=torch.float32)
     factor = (grad_scale.to(torch.float32) * scale).reshape(-1).contiguous()
-    _grad_weight(
+    (_depthwise_grad_weight if is_narrow(place, False) else _grad_weight)(
         place.address,
         not c.transposed,
         rows.contiguous().data_ptr(),

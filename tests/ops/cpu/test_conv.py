@@ -68,6 +68,15 @@ CASES = {
     "groups-of-odd-size": Case((1, 21, 6, 6), (14, 3, 3, 3), padding=(1,), groups=7),
     "groups-of-64": Case((1, 128, 6, 6), (64, 64, 3, 3), padding=(1,), groups=2),
     "depthwise": Case((2, 19, 7, 6), (19, 1, 3, 3), stride=(2,), padding=(1,), groups=19),
+    "depthwise-5x5-in-bands": Case((1, 70, 40, 33), (70, 1, 5, 5), padding=(2,), groups=70),
+    "depthwise-dilated": Case((2, 64, 9, 8), (64, 1, 3, 3), padding=(2,), dilation=(2,), groups=64),
+    "depthwise-with-several-results": Case((2, 9, 8, 7), (27, 1, 3, 2), stride=(2, 1), groups=9),
+    "pairs-of-channels": Case((1, 66, 6, 5), (66, 2, 3, 3), padding=(1,), groups=33),
+    "depthwise-1d": Case((2, 33, 30), (33, 1, 7), stride=(2,), padding=(3,), groups=33),
+    "depthwise-3d": Case((1, 11, 5, 6, 4), (11, 1, 3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1), groups=11),
+    "depthwise-transposed": Case(
+        (1, 35, 4, 5), (35, 1, 3, 4), stride=(2,), padding=(1,), transposed=True, output_padding=(1, 0), groups=35
+    ),
     "padding-that-differs": Case((1, 6, 6, 7), (9, 6, 4, 2), stride=(2, 1), pad=(1, 0, 2, 1)),
     "padding-wider-than-the-image": Case((1, 4, 1, 2), (3, 4, 3, 3), padding=(4,)),
     "pixels-never-read": Case((1, 8, 9, 9), (8, 8, 1, 2), stride=(4, 3)),
@@ -244,7 +253,7 @@ def test_sums_that_32_bits_do_not_hold_go_to_the_reference() -> None:
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["3x3", "odd-channels", "1d", "groups", "transposed-3d", "linear"])
+@pytest.mark.parametrize("name", ["3x3", "odd-channels", "1d", "groups", "transposed-3d", "linear", "depthwise"])
 def test_results_have_the_dtype_and_memory_order_of_the_input(isa: str, dtype: torch.dtype, name: str) -> None:
     o = operands(CASES[name])
     bias = torch.randn(o.case.out_channels)
@@ -273,12 +282,15 @@ def test_scales_of_a_layer_that_was_cast_go_to_the_reference() -> None:
 @each_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_an_activation_that_is_not_finite_poisons_the_result(isa: str, bad: float, dtype: torch.dtype) -> None:
-    o = operands(CASES["odd-channels"])
+@pytest.mark.parametrize("name", ["odd-channels", "depthwise-5x5-in-bands"])
+def test_an_activation_that_is_not_finite_poisons_the_result(
+    isa: str, bad: float, dtype: torch.dtype, name: str
+) -> None:
+    o = operands(CASES[name])
     for channels_last in (False, True):
         x = torch.randn(o.case.shape, dtype=dtype)
         x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
-        x[1, 17, 3, 2] = bad
+        x[-1, 17, 3, 2] = bad
         with cpu.cap_isa(isa):
             assert run_floats(o, x).isnan().all()
             codes, _, poison = ops.quantize_activation(x, o.scale, o.low, 8)
@@ -297,7 +309,7 @@ def test_denormals_and_zeros_of_both_signs_are_like_any_value(isa: str) -> None:
         assert torch.equal(ops.conv(*arguments), reference.conv(*arguments))
 
 
-@pytest.mark.parametrize("name", ["3x3", "1x1", "groups", "transposed", "linear"])
+@pytest.mark.parametrize("name", ["3x3", "1x1", "groups", "transposed", "linear", "depthwise-5x5-in-bands"])
 def test_results_are_the_same_with_any_number_of_threads(name: str) -> None:
     o = operands(CASES[name])
     x = torch.randn(o.case.shape)
@@ -346,8 +358,9 @@ def test_the_ops_are_registered_as_torch_wants(name: str) -> None:
 def any_case(draw: Callable[..., int]) -> Case:
     """Two dimensions; channels on both sides of every block that the kernels have."""
     number = lambda low, high: draw(st.integers(low, high))  # noqa: E731
-    groups = number(1, 3)
+    groups = draw(st.sampled_from([1, 2, 3, 40]))
     channels = [draw(st.sampled_from([1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 63, 64, 65, 100])) for _ in range(2)]
+    channels = [min(c, 3) for c in channels] if groups == 40 else channels
     transposed = draw(st.booleans())
     kernel, stride, dilation = ((number(1, 4), number(1, 4)) for _ in range(3))
     padding = (number(0, 2), number(0, 2))

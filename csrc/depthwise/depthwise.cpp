@@ -1,0 +1,209 @@
+// Convolutions with few channels a group: forward, gradient of the input, and both of transposed ones, which are one
+// product (qconv/product.h). Bands of lines are quantized into a slab that stays in the cache, and multiplied there.
+#include "depthwise/depthwise.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "bits/bits.h"
+#include "depthwise/bands.h"
+#include "depthwise/slab.h"
+#include "qconv/qconv.h"
+#include "runtime/buffer.h"
+#include "runtime/convert.h"
+#include "runtime/parallel.h"
+
+namespace bitorch_engine {
+
+const Kernel<DepthwiseFunction> depthwise_kernel{
+    "depthwise.multiply", {depthwise_scalar, nullptr, BE_X86(depthwise_avx2), BE_X86(depthwise_avx512)}};
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 16;  // products a thread takes at least
+
+int64_t products(const Product& p, const Phase& phase) {
+  return static_cast<int64_t>(phase.taps.size()) * p.image_channels;
+}
+
+int64_t pairs(const Product& p, const Phase& phase) { return (products(p, phase) + 1) / 2; }
+
+// Bytes of the arranged weights of the phases before this one.
+int64_t weights_before(const Product& p, size_t phase) {
+  int64_t bytes = 0;
+  for (size_t f = 0; f < phase; ++f) bytes += pairs(p, p.phases[f]) * 2 * Slab::lanes(p);
+  return bytes;
+}
+
+// A line of floats, [pixel][lane], to the result's type and order.
+void write_line(const float* line, int64_t pixels, int64_t pitch, int64_t channels, Dtype dtype, uint8_t* out,
+                int64_t step, int64_t channel_stride) {
+  const auto write = [&](auto convert, auto* to) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t x = 0; x < pixels; ++x) to[x * step + c * channel_stride] = convert(line[x * pitch + c]);
+  };
+  if (dtype == FLOAT32) write([](float value) { return value; }, reinterpret_cast<float*>(out));
+  else if (dtype == BFLOAT16) write(to_bfloat16, reinterpret_cast<uint16_t*>(out));
+  else write(to_float16, reinterpret_cast<uint16_t*>(out));
+}
+
+struct Call {
+  const QconvArguments& a;
+  const Product& product;
+  const Source& source;
+  const Bands& bands;
+  const uint8_t* weights;
+  const int32_t* start;  // (phases, lanes)
+  const float *factor, *bias, *sample_factor;
+  uint8_t* out;
+};
+
+// What all lines of a phase share.
+struct PhaseWork {
+  std::vector<int64_t> offsets;
+  DepthwiseLine line;
+
+  PhaseWork(const Call& call, size_t f) : offsets(product_offsets(call.product, call.product.phases[f])), line{} {
+    const Product& p = call.product;
+    const Phase& phase = p.phases[f];
+    if (offsets.size() % 2) offsets.push_back(offsets.back());
+    const int64_t largest = call.source.largest() << (call.a.w_bits - 1);
+    line.offsets = offsets.data();
+    line.pairs = pairs(p, phase);
+    line.step = p.base_step[2] * Slab::pixel_bytes(p);
+    line.pixels = phase.count[2];
+    line.channels = p.groups * p.result_channels;
+    line.weights = reinterpret_cast<const int8_t*>(call.weights) + weights_before(p, f);
+    line.start = call.start + static_cast<int64_t>(f) * Slab::lanes(p);
+    line.factor = call.factor;
+    line.bias = call.bias;
+    line.fit = 32767 / (2 * largest);
+  }
+};
+
+// Result pixels first .. last - 1 of each phase along the bands' dimension, of one sample that is in the slab.
+void multiply_band(const Call& call, const Slab& slab, int64_t sample, int64_t first, int64_t last, float* scratch,
+                   PhaseWork* works) {
+  const Product& p = call.product;
+  const QconvArguments& a = call.a;
+  const int d = call.bands.dimension;
+  const auto multiply = depthwise_kernel.pick();
+  const bool direct = a.out_dtype == FLOAT32 && a.out_channel == 1;
+  const int64_t element = a.out_dtype == FLOAT32 ? 4 : 2, step = p.result_step[2] * a.out_step[2];
+  for (size_t f = 0; f < p.phases.size(); ++f) {
+    const Phase& phase = p.phases[f];
+    DepthwiseLine line = works[f].line;
+    if (line.pixels <= 0) continue;
+    const int64_t end[2] = {d == 0 ? std::min(last, phase.count[0]) : phase.count[0],
+                            d == 1 ? std::min(last, phase.count[1]) : phase.count[1]};
+    for (int64_t z = d == 0 ? first : 0; z < end[0]; ++z)
+      for (int64_t y = d == 1 ? first : 0; y < end[1]; ++y) {
+        line.base = slab.bytes() + call.bands.base(z, y, first);
+        const int64_t place = sample * a.out_sample + (phase.first[0] + z * p.result_step[0]) * a.out_step[0] +
+                              (phase.first[1] + y * p.result_step[1]) * a.out_step[1] + phase.first[2] * a.out_step[2];
+        uint8_t* out = call.out + place * element;
+        line.out = direct ? reinterpret_cast<float*>(out) : scratch;
+        line.pitch = direct ? step : Slab::lanes(p);
+        multiply(line);
+        if (!direct)
+          write_line(scratch, line.pixels, line.pitch, line.channels, static_cast<Dtype>(a.out_dtype), out, step,
+                     a.out_channel);
+      }
+  }
+}
+
+// Returns whether a value of x was not finite.
+bool multiply_all(const Call& call) {
+  const Product& p = call.product;
+  const Bands& bands = call.bands;
+  const int64_t lanes = Slab::lanes(p), count = bands.count();
+  const int64_t band_products = bands.steps * p.result_pixels() / std::max<int64_t>(1, bands.all) * lanes *
+                                p.image_channels * p.taps / static_cast<int64_t>(p.phases.size());
+  std::atomic<bool> odd{false};
+  parallel_for(p.batch * count, 1 + GRAIN / (band_products + 1), static_cast<int>(call.a.threads),
+               [&](int64_t begin, int64_t end) {
+    Slab slab(p, call.source, bands.rows(bands.steps));
+    const Buffer<float> scratch = new_buffer<float>(p.result[2] * lanes), factor = new_buffer<float>(lanes);
+    std::vector<PhaseWork> works;
+    for (size_t f = 0; f < p.phases.size(); ++f) works.emplace_back(call, f);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t sample = unit / count, first = unit % count * bands.steps;
+      const int64_t last = std::min(bands.all, first + bands.steps);
+      slab.fill(sample, bands.row(first), bands.rows(last - first));
+      if (call.sample_factor) {
+        std::fill_n(factor.get(), lanes, call.sample_factor[sample]);
+        for (PhaseWork& work : works) work.line.factor = factor.get();
+      }
+      multiply_band(call, slab, sample, first, last, scratch.get(), works.data());
+    }
+    if (slab.odd()) odd = true;
+  });
+  return odd;
+}
+
+}  // namespace
+}  // namespace bitorch_engine
+
+using namespace bitorch_engine;
+
+BE_EXPORT int64_t be_depthwise_arranged_bytes(const Geometry* geometry, int scatter, int rows_are_results) {
+  const Product p(*geometry, scatter, rows_are_results);
+  return weights_before(p, p.phases.size());
+}
+
+// Result channels, padded.
+BE_EXPORT int64_t be_depthwise_lanes(const Geometry* geometry, int scatter, int rows_are_results) {
+  return Slab::lanes(Product(*geometry, scatter, rows_are_results));
+}
+
+// out: be_depthwise_arranged_bytes of them.  sums: (phases, lanes) int32, the sum of the codes that each lane has.
+BE_EXPORT void be_depthwise_arrange(const Geometry* geometry, int scatter, int rows_are_results, const uint8_t* packed,
+                                    int bits, uint8_t* out, int32_t* sums) {
+  const Product p(*geometry, scatter, rows_are_results);
+  const int64_t lanes = Slab::lanes(p), deep = p.image_channels, wide = p.result_channels;
+  const int64_t count = p.groups * deep * wide * p.taps;
+  const Buffer<uint8_t> index = new_buffer<uint8_t>(count);
+  unpack_range(packed, 0, count, bits, index.get());
+  const int low = lowest_code(bits), step = bits == 1 ? 2 : 1;
+  std::memset(out, 0, weights_before(p, p.phases.size()));
+  std::memset(sums, 0, p.phases.size() * lanes * sizeof *sums);
+  for (size_t f = 0; f < p.phases.size(); ++f, sums += lanes) {
+    const Phase& phase = p.phases[f];
+    uint8_t* of_phase = out + weights_before(p, f);
+    const int64_t number = pairs(p, phase);
+    for (int64_t k = 0; k < products(p, phase); ++k)
+      for (int64_t lane = 0; lane < p.groups * wide; ++lane) {
+        const int64_t group = lane / wide, o = lane % wide, c = k % deep, tap = phase.taps[k / deep].weight;
+        const int64_t row = rows_are_results ? lane * deep + c : (group * deep + c) * wide + o;
+        const int code = index[row * p.taps + tap] * step + low;
+        of_phase[(lane / LANE_BLOCK * number + k / 2) * 64 + place_of_lane(lane % LANE_BLOCK) + k % 2] =
+            static_cast<uint8_t>(code);
+        sums[lane] += code;
+      }
+  }
+}
+
+// As be_qconv, of weights and sums of be_depthwise_arrange. Returns 1 where a value of x was not finite, else 0.
+BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* scale, const float* low,
+                           const uint8_t* weights, const int32_t* sums, const float* factor, const float* sample_factor,
+                           const float* bias, const float* poison, void* out) {
+  const Product p(a->geometry, a->scatter, a->rows_are_results);
+  const Source source{static_cast<SourceKind>(a->source), x, static_cast<Dtype>(a->x_dtype), a->x_sample, a->x_channel,
+                      {a->x_step[0], a->x_step[1], a->x_step[2]}, static_cast<int>(a->x_bits), scale ? *scale : 1.0f,
+                      low ? *low : 0.0f};
+  const int64_t lanes = Slab::lanes(p), channels = p.groups * p.result_channels;
+  const int64_t all = static_cast<int64_t>(p.phases.size()) * lanes;
+  const Buffer<int32_t> start = new_buffer<int32_t>(all);
+  for (int64_t i = 0; i < all; ++i) start[i] = -sums[i] * source.zero();
+  const Buffer<float> factors = new_buffer<float>(lanes), biases = new_buffer<float>(lanes);
+  for (int64_t i = 0; i < lanes; ++i) {
+    factors[i] = i >= channels || !factor ? 0.0f : scale ? factor[i] * *scale : factor[i];
+    biases[i] = i < channels && bias ? bias[i] : 0.0f;
+  }
+  const Bands bands(p, static_cast<int>(a->threads));
+  const Call call{*a, p, source, bands, weights, start.get(), factors.get(), biases.get(), sample_factor,
+                  static_cast<uint8_t*>(out)};
+  return multiply_all(call) || (poison && std::isnan(*poison));
+}

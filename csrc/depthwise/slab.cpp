@@ -1,0 +1,92 @@
+#include "depthwise/slab.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "bits/bits.h"
+#include "depthwise/depthwise.h"
+
+namespace bitorch_engine {
+
+int64_t Slab::lanes(const Product& p) {
+  return (p.groups * p.result_channels + LANE_BLOCK - 1) / LANE_BLOCK * LANE_BLOCK;
+}
+
+int64_t Slab::pixel_bytes(const Product& p) { return p.image_channels * lanes(p); }
+
+int64_t Slab::row_pixels(const Product& p) { return dimension(p) == 0 ? p.padded[1] * p.padded[2] : p.padded[2]; }
+
+Slab::Slab(const Product& product, const Source& source, int64_t most) : p_(product), source_(source) {
+  const int64_t size = most * row_pixels(p_) * pixel_bytes(p_);
+  bytes_ = new_buffer<uint8_t>(size + 64);  // a little more than the last pixel is read
+  std::memset(bytes_.get(), 0, size + 64);
+  line_ = new_buffer<uint8_t>(p_.image[2] * p_.groups * p_.image_channels + 16);
+}
+
+void Slab::fill(int64_t sample, int64_t first, int64_t count) {
+  const int64_t row_bytes = row_pixels(p_) * pixel_bytes(p_);
+  int64_t kept = 0;
+  if (sample == sample_ && first >= first_ && first < first_ + count_) {
+    kept = std::min(count, first_ + count_ - first);
+    std::memmove(bytes_.get(), bytes_.get() + (first - first_) * row_bytes, kept * row_bytes);
+  }
+  const int64_t lines = dimension(p_) == 0 ? p_.padded[1] : 1, line_bytes = row_bytes / lines;
+  for (int64_t row = first + kept; row < first + count; ++row)
+    for (int64_t y = 0; y < lines; ++y) {
+      const bool deep = dimension(p_) == 0;
+      fill_line(sample, (deep ? row : 0) - p_.before[0], (deep ? y : row) - p_.before[1],
+                bytes_.get() + (row - first) * row_bytes + y * line_bytes);
+    }
+  sample_ = sample;
+  first_ = first;
+  count_ = count;
+}
+
+void Slab::fill_line(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
+  const int64_t width = p_.image[2], channels = p_.groups * p_.image_channels, pitch = pixel_bytes(p_);
+  if (z < 0 || z >= p_.image[0] || y < 0 || y >= p_.image[1]) {
+    std::memset(to, source_.zero(), p_.padded[2] * pitch);
+    return;
+  }
+  const int64_t head = p_.before[2] * pitch;
+  std::memset(to, source_.zero(), head);
+  to += head;
+  const bool direct = p_.image_channels == 1 && p_.result_channels == 1;
+  // Where lanes are the channels and none fills up, lines of pixels have no gaps.
+  const int64_t stride = direct ? pitch : channels;
+  uint8_t* line = direct ? to : line_.get();
+  const int64_t start = ((sample * p_.image[0] + z) * p_.image[1] + y) * width;  // in pixels of a dense tensor
+  if (source_.kind == SourceKind::FLOATS) {
+    const ActivationRule rule{1.0f / source_.scale, source_.low, source_.bits, source_.bits == 1 ? 2 : 1};
+    const int64_t offset = sample * source_.sample + z * source_.step[0] + y * source_.step[1];
+    const uint8_t* from = static_cast<const uint8_t*>(source_.x) + offset * (source_.dtype == FLOAT32 ? 4 : 2);
+    odd_ |= quantize_activation_kernel.pick()(from, source_.dtype, source_.step[2], source_.channel, width, channels,
+                                              rule, line, stride, nullptr);
+  } else {
+    const bool gradient = source_.kind == SourceKind::GRADIENT;
+    const uint8_t* stream = static_cast<const uint8_t*>(source_.x);
+    uint8_t* dense = stride == channels ? line : line_.get();
+    if (!gradient) {
+      unpack_range(stream, start * channels, width * channels, source_.bits, dense);
+      if (source_.bits == 1)
+        for (int64_t i = 0; i < width * channels; ++i) dense[i] = static_cast<uint8_t>(dense[i] * 2);
+    } else {
+      for (int64_t i = 0; i < width * channels; ++i) dense[i] = stream[start * channels + i] ^ 0x80;
+    }
+    if (dense != line)
+      for (int64_t x = 0; x < width; ++x) std::memcpy(line + x * stride, dense + x * channels, channels);
+  }
+  if (!direct)
+    for (int64_t x = 0; x < width; ++x) spread(line + x * channels, to + x * pitch);
+  std::memset(to + width * pitch, source_.zero(), (p_.padded[2] - p_.before[2] - width) * pitch);
+}
+
+// One pixel: what each lane reads of every image channel of its group.
+void Slab::spread(const uint8_t* from, uint8_t* to) const {
+  const int64_t deep = p_.image_channels, wide = p_.result_channels, pitch = lanes(p_);
+  for (int64_t c = 0; c < deep; ++c, to += pitch)
+    for (int64_t g = 0; g < p_.groups; ++g)
+      for (int64_t o = 0; o < wide; ++o) to[g * wide + o] = from[g * deep + c];
+}
+
+}  // namespace bitorch_engine
