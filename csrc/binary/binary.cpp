@@ -7,8 +7,10 @@
 
 #include "binary/boxes.h"
 #include "binary/image.h"
+#include "lookup/lookup.h"
 #include "qconv/product.h"
 #include "qconv/qconv.h"
+#include "runtime/buffer.h"
 #include "runtime/parallel.h"
 
 namespace bitorch_engine {
@@ -32,6 +34,8 @@ struct Call {
   const Geometry& geometry;
   const std::vector<Box>& boxes;
   const uint32_t* image;
+  const lookup::Lookup* lookup;  // or null
+  const uint16_t* entries;       // the image as it reads it
   const uint32_t* weights;
   const float* factor;
   const float* bias;  // or null
@@ -42,15 +46,17 @@ struct Call {
   int64_t upcoming_bytes;
 
   int64_t tiles() const { return boxes.back().end(); }
-  int64_t words() const { return words_of(geometry.in_channels / geometry.groups); }
-  int64_t pitch() const { return geometry.groups * words(); }  // words of one pixel
+  int64_t channels() const { return geometry.in_channels / geometry.groups; }
+  int64_t words() const { return words_of(channels()); }
+  int64_t units() const { return lookup ? lookup::entries_of(channels()) : words(); }
+  int64_t pitch() const { return geometry.groups * units(); }  // words of one pixel, or entries
   int64_t results() const { return geometry.out_channels / geometry.groups; }
   int64_t blocks() const { return (results() + LANES - 1) / LANES; }
   int64_t block_words() const { return LANES * geometry.taps() * words(); }
   int64_t element() const { return dtype == FLOAT32 ? 4 : 2; }
 };
 
-// The pixels of a tile: where they read, in words, and where they write, in elements.
+// The pixels of a tile: where they read, in words or entries, and where they write, in elements.
 struct Place {
   const Box* box;
   int64_t count, image, image_step, out, out_step;
@@ -121,7 +127,7 @@ class Walk {
 
   const Call& call_;
   const Box* box_;
-  int64_t origin_, image_steps_[4];  // words
+  int64_t origin_, image_steps_[4];  // words or entries
   int64_t left_, piece_, at_[4];     // tiles in this box; piece of the line; the line, from the start of the box
   int64_t length_, longer_;
 };
@@ -130,15 +136,21 @@ class Walk {
 int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
   const Geometry& g = call.geometry;
   const Span &z = box.span[1], &y = box.span[2], &x = box.span[3];
-  const int64_t words = call.words(), step = g.dilation[2] * call.pitch();
-  const int64_t taps = x.high - x.low, together = step == words ? taps : 1;
+  const int64_t units = call.units(), step = g.dilation[2] * call.pitch();
+  const int64_t taps = x.high - x.low, together = step == units ? taps : 1;
   int64_t count = 0;
   for (int64_t a = z.low; a < z.high; ++a)
     for (int64_t b = y.low; b < y.high; ++b)
       for (int64_t c = x.low; c < x.high; c += together) {
         const int64_t line = a * g.dilation[0] * g.in[1] + b * g.dilation[1];
         const int64_t tap = (a * g.kernel[1] + b) * g.kernel[2] + c;
-        segments[count++] = {line * g.in[2] * call.pitch() + c * step, tap * words, together * words};
+        const int64_t image = line * g.in[2] * call.pitch() + c * step, length = together * units;
+        const int64_t pieces = call.lookup ? (length + lookup::LONGEST - 1) / lookup::LONGEST : 1;
+        for (int64_t p = 0, at = 0; p < pieces; ++p) {
+          const int64_t next = (p + 1) * length / pieces;
+          segments[count++] = {image + at, tap * units + at, next - at};
+          at = next;
+        }
       }
   return count;
 }
@@ -148,9 +160,10 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
                    int64_t last_block) {
   const auto multiply = multiply_kernel.pick();
   const auto finish = finish_kernel.pick();
-  const int64_t block_words = call.block_words(), channels = call.geometry.in_channels / call.geometry.groups;
+  const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
   const bool in_place = call.dtype == FLOAT32 && call.out_channel == 1;
-  const std::unique_ptr<Segment[]> segments(new Segment[call.geometry.taps()]);
+  const std::unique_ptr<Segment[]> segments(new Segment[taps * (1 + call.units() / lookup::LONGEST)]);
+  const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * call.units(), MOST_BLOCKS) : 0);
   constexpr int64_t pixels = TILES_AT_ONCE * MOST_PIXELS;
   const std::unique_ptr<int32_t[]> totals(new int32_t[pixels * COLUMNS]);
   const int32_t zero_sum[COLUMNS] = {};
@@ -174,6 +187,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       const int64_t some = std::min(COLUMNS, call.results() - b * LANES);
       tile.blocks = std::min(MOST_BLOCKS, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
+      if (call.lookup) call.lookup->panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
       const bool direct = in_place && some >= tile.blocks * LANES;
@@ -183,11 +197,11 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
         if (place.box != current) {
           current = place.box;
           tile.segment_count = segments_of(call, *current, segments.get());
-          int64_t taps = 1;
-          for (int d = 1; d < 4; ++d) taps *= current->span[d].high - current->span[d].low;
-          tile.products = static_cast<int32_t>(taps * channels);
+          int64_t inside = 1;
+          for (int d = 1; d < 4; ++d) inside *= current->span[d].high - current->span[d].low;
+          tile.products = static_cast<int32_t>(inside * channels);
         }
-        tile.image = call.image + place.image + group * call.words();
+        const int64_t image = place.image + group * call.units();
         tile.image_step = place.image_step;
         for (int64_t line = 0; line < lines && upcoming < end; ++line, upcoming += 64)
           __builtin_prefetch(upcoming, 0, 2);
@@ -200,7 +214,12 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           for (int64_t m = 0; m < place.count; ++m)
             rows[row++] = call.out + (place.out + m * place.out_step + channel * call.out_channel) * call.element();
         }
-        multiply(tile);
+        if (call.lookup) {
+          call.lookup->multiply(tile, call.entries + image, panel.get());
+        } else {
+          tile.image = call.image + image;
+          multiply(tile);
+        }
       }
       tile.totals = nullptr;
       if (!direct) {
@@ -259,6 +278,14 @@ int64_t samples_at_once(const BinaryArguments& a, int64_t sample_bytes) {
   return (a.geometry.batch + lots - 1) / lots;
 }
 
+// For a pixel or two it does not pay to make panels of the weight.
+const lookup::Lookup* lookup_for(const Geometry& g) {
+  constexpr int64_t FEWEST = 6;
+  const int64_t entries = g.taps() * lookup::entries_of(g.in_channels / g.groups);
+  const bool suits = g.batch * g.out_pixels() >= FEWEST && entries <= lookup::MOST_ENTRIES;
+  return suits && current_isa() == AVX2 ? BE_X86(&lookup::lookup_avx2) : nullptr;
+}
+
 void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
   const int64_t count = g.batch * g.out_channels * g.out_pixels();
   if (dtype == FLOAT32)
@@ -290,9 +317,11 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
     const Image image = a->codes ? Image(g, from, threads) : Image(g, from, x_dtype, a->x_strides, 1 / *scale, threads);
     if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
     if (first == 0 || g.batch != lot) all = boxes(g, s[1] == 1);
+    const lookup::Lookup* const lookup = lookup_for(g);
+    const Entries entries(g, image.words(), lookup, threads);
     const int64_t next = std::min(lot, a->geometry.batch - first - g.batch);
     uint8_t* const to = static_cast<uint8_t*>(out) + first * s[0] * element;
-    multiply_all({g, all, image.words(), weights, factor.get(), bias, to, dtype, s[1], {s[0], s[2], s[3], s[4]},
+    multiply_all({g, all, image.words(), lookup, entries.get(), weights, factor.get(), bias, to, dtype, s[1], {s[0], s[2], s[3], s[4]},
                   from + g.batch * sample, a->codes ? 0 : next * sample},
                  threads);
   }

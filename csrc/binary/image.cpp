@@ -98,5 +98,15 @@ Image::Image(const Geometry& g, const uint8_t* codes, int threads) {
   });
 }
 
+Entries::Entries(const Geometry& g, const uint32_t* words, const lookup::Lookup* lookup, int threads) {
+  if (!lookup) return;
+  const int64_t channels = g.in_channels / g.groups, runs = g.batch * g.in_pixels() * g.groups;
+  const int64_t entries = lookup::entries_of(channels);
+  entries_ = new_buffer<uint16_t>(runs * entries);
+  parallel_for(runs, std::max<int64_t>(1, GRAIN / channels), threads, [&](int64_t first, int64_t last) {
+    lookup->entries(words + first * words_of(channels), last - first, channels, entries_.get() + first * entries);
+  });
+}
+
 }  // namespace binary
 }  // namespace bitorch_engine

@@ -6,6 +6,8 @@
 #include <memory>
 
 #include "binary/binary.h"
+#include "lookup/lookup.h"
+#include "runtime/buffer.h"
 #include "runtime/geometry.h"
 
 namespace bitorch_engine {
@@ -35,6 +37,18 @@ class Image {
   std::unique_ptr<uint32_t[]> own_;
   const uint32_t* words_ = nullptr;
   bool odd_ = false;
+};
+
+// The image as a lookup reads it: (N, depth, height, width, groups, entries).
+class Entries {
+ public:
+  // lookup: null for none.
+  Entries(const Geometry& geometry, const uint32_t* words, const lookup::Lookup* lookup, int threads);
+
+  const uint16_t* get() const { return entries_.get(); }
+
+ private:
+  Buffer<uint16_t> entries_;
 };
 
 }  // namespace binary

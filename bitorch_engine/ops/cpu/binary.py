@@ -1,4 +1,4 @@
-"""Convolutions of 1-bit activations with 1-bit weights, by exclusive or and population count."""
+"""Convolutions of 1-bit activations with 1-bit weights, without a multiplication."""
 
 import ctypes
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Products of signs by xor and popcount equal torch's convolution of signs in float64, with true zero padding."""
+"""Products of signs on packed bits equal torch's convolution of signs in float64, with true zero padding."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,6 +133,19 @@ def test_packed_codes_are_multiplied_as_they_are(isa: str, case: Case) -> None:
         for last in (False, True):
             assert torch.equal(o.convolve_codes(x, torch.float32, last), o.expected(x, None))
         assert o.convolve_codes(x, torch.float32, True, poison=float("nan")).isnan().all()
+
+
+@each_isa
+@pytest.mark.parametrize("channels", [1, 8, 247, 248, 249, 256, 1000, 65528, 65529])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_largest_totals_fit(isa: str, channels: int, rows: int) -> None:
+    # Counts are held in 8 bits, then in 16, then in 32.
+    o = layer(Case((rows, channels, 1), (40, channels, 1)))
+    o.packed.fill_(0)  # every weight is -1
+    with cpu.cap_isa(isa):
+        for sign in (1.0, -1.0):
+            y = o.convolve(torch.full(o.case.shape, sign))
+            assert torch.equal(y, (-sign * channels * (o.channel_scale * o.scale)).view(1, -1, 1).expand_as(y))
 
 
 @each_isa

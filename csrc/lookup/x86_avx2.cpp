@@ -1,0 +1,203 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "lookup/lookup.h"
+#include "qconv/product.h"
+
+namespace bitorch_engine {
+namespace lookup {
+namespace {
+
+using binary::LANES;
+using binary::Segment;
+using binary::Tile;
+
+// For each eight signs x a pair of tables, of the lower and of the upper four: how many bits of x and w differ.
+struct Tables {
+  alignas(64) uint8_t differing[256][2][16] = {};
+  constexpr Tables() {
+    for (int x = 0; x < 256; ++x)
+      for (int half = 0; half < 2; ++half)
+        for (int w = 0; w < 16; ++w)
+          for (int bits = (x >> (4 * half) & 15) ^ w; bits; bits &= bits - 1) ++differing[x][half][w];
+  }
+};
+constexpr Tables tables;
+constexpr int PAIR = 32;       // bytes
+
+// An accumulator that stays where it is: GCC otherwise sums two results of lookups first, and runs out of registers.
+inline __m256i add_in_place(__m256i sum, __m256i x) {
+  sum = _mm256_add_epi8(sum, x);
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+// Sums of MR pixels times NV vectors in 16 bits. In `all` two bytes are one number; the upper one of them is counted in
+// `odd` as well.
+template <int MR, int NV>
+struct Wide {
+  __m256i all[MR][NV], odd[MR][NV];
+};
+
+// Adds segments, as many as LONGEST allows, to sums, or begins with them; returns the next segment.
+template <int MR, int NV>
+__attribute__((noinline)) const Segment* add_segments(const Segment* s, const Segment* end, const uint16_t* image,
+                                                      int64_t step, const uint8_t* panel, bool begin,
+                                                      Wide<MR, NV>& wide) {
+  const uint8_t* const table = tables.differing[0][0];
+  __m256i bytes[MR][NV];
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) bytes[m][j] = _mm256_setzero_si256();
+  int64_t left = LONGEST;
+  while (s < end && s->words <= left) {
+    // Pixels are addressed from the first and the fourth of them: that leaves registers for the tables.
+    const uint16_t *first = image + s->image, *fourth = first + 3 * step, *const stop = first + s->words;
+    const uint8_t* weights = panel + s->weights * 2 * 32 * NV;
+    for (; first < stop; ++first, ++fourth, weights += 2 * 32 * NV) {
+      const uint8_t* pair[MR];
+#pragma GCC unroll 6
+      for (int m = 0; m < MR; ++m) pair[m] = table + (m < 3 ? first[m * step] : fourth[(m - 3) * step]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i w[NV];
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j)
+          w[j] = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (half * NV + j) * 32));
+#pragma GCC unroll 6
+        for (int m = 0; m < MR; ++m) {
+          const __m256i x = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(pair[m] + half * 16));
+#pragma GCC unroll 2
+          for (int j = 0; j < NV; ++j) bytes[m][j] = add_in_place(bytes[m][j], _mm256_shuffle_epi8(x, w[j]));
+        }
+      }
+    }
+    left -= s->words;
+    ++s;
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      const __m256i upper = _mm256_srli_epi16(bytes[m][j], 8);
+      wide.all[m][j] = begin ? bytes[m][j] : _mm256_add_epi16(wide.all[m][j], bytes[m][j]);
+      wide.odd[m][j] = begin ? upper : _mm256_add_epi16(wide.odd[m][j], upper);
+    }
+  return s;
+}
+
+// Calls write(pixel, channel, sums of eight channels).
+template <int MR, int NV, class Write>
+inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wide, int64_t blocks, const Write& write) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      const __m256i odd = wide.odd[m][j], even = _mm256_sub_epi16(wide.all[m][j], _mm256_slli_epi16(odd, 8));
+      write(m, 32 * j, _mm256_unpacklo_epi16(even, zero));
+      write(m, 32 * j + 8, _mm256_unpackhi_epi16(even, zero));
+      if (2 * j + 1 == blocks) continue;
+      write(m, 32 * j + 16, _mm256_unpacklo_epi16(odd, zero));
+      write(m, 32 * j + 24, _mm256_unpackhi_epi16(odd, zero));
+    }
+}
+
+template <int MR, int NV>
+void tile(const Tile& t, const uint16_t* image, const uint8_t* panel) {
+  Wide<MR, NV> wide;
+  // Copies: for all GCC knows, a store of results changes the tile.
+  float* const out = t.out;
+  const float *const factor = t.factor, *const added = t.added;
+  const int64_t out_step = t.out_step, blocks = t.blocks;
+  const Segment *s = t.segments, *const end = s + t.segment_count;
+  for (bool begin = true; begin || s < end; begin = false)
+    s = add_segments<MR, NV>(s, end, image, t.image_step, panel, begin, wide);
+  if (int32_t* const totals = t.totals) {
+    const __m256i products = _mm256_set1_epi32(t.products);
+    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i differing) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + m * COLUMNS + o),
+                          _mm256_sub_epi32(products, _mm256_slli_epi32(differing, 1)));
+    });
+    return;
+  }
+  // Every number up to 2**24 is exact here: only the last two operations round, and without `added` only the first one.
+  const __m256 products = _mm256_set1_ps(static_cast<float>(t.products)), two = _mm256_set1_ps(2);
+  const auto scaled = [&](int64_t o, __m256i differing) {
+    const __m256 total = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(differing), two, products);
+    return _mm256_mul_ps(total, _mm256_loadu_ps(factor + o));
+  };
+  if (added)
+    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i differing) {
+      const __m256 value = _mm256_add_ps(scaled(o, differing), _mm256_loadu_ps(added + o));
+      _mm256_storeu_ps(out + m * out_step + o, value);
+    });
+  else
+    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i differing) {
+      _mm256_storeu_ps(out + m * out_step + o, scaled(o, differing));
+    });
+}
+
+void multiply(const Tile& t, const uint16_t* image, const uint8_t* panel) {
+  constexpr void (*TILES[binary::MOST_PIXELS][2])(const Tile&, const uint16_t*, const uint8_t*) = {
+      {tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
+      {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
+  TILES[t.count - 1][t.blocks > 2](t, image, panel);
+}
+
+void make_entries(const uint32_t* words, int64_t runs, int64_t channels, uint16_t* out) {
+  if (channels % binary::WORD == 0) {
+    channels *= runs;
+    runs = 1;
+  }
+  const int64_t entries = entries_of(channels), bytes = (channels + binary::WORD - 1) / binary::WORD * 4;
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(words);
+  for (int64_t run = 0; run < runs; ++run, from += bytes, out += entries)
+    for (int64_t e = 0; e < entries; ++e) out[e] = static_cast<uint16_t>(from[e] * PAIR);
+}
+
+// Of eight lanes of two blocks: [channel % 4, of all four bytes of its word: (first, second block)], and so in each
+// half of a vector. lower: bytes 0 and 1 of the words, upper: 2 and 3.
+inline void transpose_bytes(const uint32_t* first, const uint32_t* second, __m256i& lower, __m256i& upper) {
+  const __m256i by_byte =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+  const __m256i b = second ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)) : _mm256_setzero_si256();
+  const __m256i lanes01 = _mm256_shuffle_epi8(_mm256_unpacklo_epi8(a, b), by_byte);
+  const __m256i lanes23 = _mm256_shuffle_epi8(_mm256_unpackhi_epi8(a, b), by_byte);
+  lower = _mm256_unpacklo_epi32(lanes01, lanes23);
+  upper = _mm256_unpackhi_epi32(lanes01, lanes23);
+}
+
+void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t channels,
+                uint8_t* out) {
+  const int64_t words = (channels + binary::WORD - 1) / binary::WORD, vectors = (blocks + 1) / 2;
+  const __m256i four = _mm256_set1_epi8(15);
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t k = 0; k < words; ++k) {
+      const int64_t entries = k + 1 < words ? 4 : entries_of(channels - k * binary::WORD);
+      for (int64_t j = 0; j < vectors; ++j) {
+        const uint32_t* first = weights + 2 * j * block_words + (t * words + k) * LANES;
+        const uint32_t* second = 2 * j + 1 < blocks ? first + block_words : nullptr;
+        __m256i low[2], high[2];  // of lanes 0 to 7, 8 to 15
+        transpose_bytes(first, second, low[0], high[0]);
+        transpose_bytes(first + 8, second ? second + 8 : nullptr, low[1], high[1]);
+        const __m256i bytes[4] = {_mm256_unpacklo_epi64(low[0], low[1]), _mm256_unpackhi_epi64(low[0], low[1]),
+                                  _mm256_unpacklo_epi64(high[0], high[1]), _mm256_unpackhi_epi64(high[0], high[1])};
+        for (int64_t e = 0; e < entries; ++e) {
+          __m256i* to = reinterpret_cast<__m256i*>(out) + e * 2 * vectors + j;
+          _mm256_store_si256(to, _mm256_and_si256(bytes[e], four));
+          _mm256_store_si256(to + vectors, _mm256_and_si256(_mm256_srli_epi16(bytes[e], 4), four));
+        }
+      }
+      out += entries * 2 * vectors * 32;
+    }
+}
+
+}  // namespace
+
+const Lookup lookup_avx2{make_entries, make_panel, multiply};
+
+}  // namespace lookup
+}  // namespace bitorch_engine
