@@ -23,6 +23,9 @@ IMPLEMENTATIONS: dict[str, str] = {
     "pack": "bits",
     "unpack": "bits",
     "dequantize": "bits",
+    "update_": "update",
+    "add_": "update",
+    "all_within": "update",
 }
 """One row per op that has a kernel: the file here that holds the function of that name."""
 

@@ -1,0 +1,137 @@
+"""A step by the GPU's kernel gives the bits of the reference on the CPU, and moves weights by what was asked on average."""
+
+import struct
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitorch_engine import ops
+from bitorch_engine.ops.reference import update as reference
+from bitorch_engine.ops.triton import update as kernels
+
+CPU = torch.device("cpu")
+STORED = {
+    "none": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "8bit": torch.uint8,
+}
+PAIRS = [
+    ("8bit", "8bit"),
+    ("bf16", "bf16"),
+    ("fp16", "fp16"),
+    ("fp32", "fp32"),
+    ("none", "none"),
+    ("8bit", "channel"),
+    ("none", "8bit"),
+    ("fp32", "none"),
+    ("none", "channel"),
+    ("bf16", "8bit"),
+]
+"""First and second moment."""
+SHAPES = [(1, 1), (3, 5), (4, 128), (7, 147), (40, 27), (300, 1), (3, 520)]
+"""Rows and columns: no multiples of 8 or 128, several rows in a block, several blocks in a row."""
+
+
+class State:
+    """A weight of random levels, and its moments."""
+
+    def __init__(self, bits: int, shape: tuple[int, int], first: str, second: str, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(bits + 10 * shape[0] + 10_000 * shape[1])
+        hidden, count = 8 - bits, shape[0] * shape[1]
+        self.bits = bits
+        levels = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+        self.packed = ops.pack(levels >> hidden, bits).to(device)
+        low = levels & ((1 << hidden) - 1)
+        self.residual = (ops.pack(low, hidden) if hidden else low.new_empty(0)).to(device)
+        self.scale = (torch.rand(shape[0], generator=generator) + 0.05).to(device)
+        self.m = None if STORED[first] is None else ops.new_moment(shape, STORED[first], device)
+        if second == "channel":
+            self.v: Tensor | None = torch.zeros(shape[0], device=device)
+        else:
+            self.v = None if STORED[second] is None else ops.new_moment(shape, STORED[second], device)
+
+    def step(self, function: Any, grad: Tensor, t: int, **changed: Any) -> None:
+        settings = {
+            "lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "correction1": 1 - 0.9**t,
+            "correction2": 1 - 0.99**t, "grad_factor": 1.0, "dtype": torch.float32, "key": 77 + t,
+        }  # fmt: skip
+        settings |= changed
+        grad = grad.to(self.packed.device)
+        function(self.packed, self.residual, self.scale, grad, self.v, self.m, bits=self.bits, **settings)
+
+    def held(self) -> list[Tensor]:
+        kept = (self.packed, self.residual, self.scale, self.v, self.m)
+        return [t.detach().cpu().contiguous().view(torch.uint8) for t in kept if t is not None]
+
+
+def agree(
+    device: torch.device,
+    bits: int,
+    shape: tuple[int, int],
+    first: str,
+    second: str,
+    grads: list[Tensor],
+    **changed: Any,
+) -> None:
+    ours, theirs = State(bits, shape, first, second, device), State(bits, shape, first, second, CPU)
+    for t, grad in enumerate(grads, 1):
+        ours.step(kernels.update_, grad, t, **changed)
+        theirs.step(reference.update_, grad, t, **changed)
+    assert all(torch.equal(a, b) for a, b in zip(ours.held(), theirs.held(), strict=True))
+
+
+def gradients(shape: tuple[int, int], steps: int = 2) -> list[Tensor]:
+    """Of many sizes, with zeros among them."""
+    grads = [torch.randn(shape) * torch.logspace(-6, 1, shape[1]) * 10.0**t for t in range(steps)]
+    for grad in grads:
+        grad.view(-1)[::7] = 0
+    return grads
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_a_step_gives_the_bits_of_the_reference(first: str, second: str, device: torch.device) -> None:
+    bits = 1 + PAIRS.index((first, second)) % 8
+    for shape in ((3, 5), (7, 147)):
+        agree(device, bits, shape, first, second, gradients(shape))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_gives_the_bits_of_the_reference(bits: int, device: torch.device) -> None:
+    for shape in ((5, 13), (3, 120)):
+        agree(device, bits, shape, "8bit", "8bit", gradients(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_gives_the_bits_of_the_reference(shape: tuple[int, int], device: torch.device) -> None:
+    agree(device, 4, shape, "8bit", "channel", gradients(shape))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"grad_factor": 2.0**20},
+        {"eps": 0.0},
+        {"eps": 1.0},
+        {"lr": 0.0},
+        {"lr": 1e9},
+        {"lr": -1e9},
+        {"correction1": 1.0, "correction2": 1.0},
+        {"beta1": 0.0, "beta2": 0.0},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+def test_any_settings_give_the_bits_of_the_reference(changed: dict[str, Any], device: torch.device) -> None:
+    for first, second in (("8bit", "8bit"), ("fp32", "channel")):
+        agree(device, 4, (7, 32), first, second, gradients((7, 32)), **changed)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-22, 9e17])
+def test_gradients_of_any_size_give_the_bits_of_the_reference(size: float, device: torch.device) -> None:
+    grads = [torch.randn(3, 100).clamp(-1, 1) * size for _ in range(2)]
+    for moment in ("8bit", "bf16", "fp16"):
+        agree(device, 3, (3, 100), moment, moment, grads)
