@@ -21,7 +21,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     count = values.numel()
     packed = values.new_empty(packed_size(count, bits))
     if count:
-        _pack[(triton.cdiv(packed.numel(), _BLOCK),)](values, packed, count, packed.numel(), BITS=bits, BLOCK=_BLOCK)
+        grid = (triton.cdiv(packed.numel(), _BLOCK),)
+        _pack[grid](values, packed, count, packed.numel(), BITS=bits, BLOCK=_BLOCK)
     return packed
 
 
@@ -30,7 +31,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return reference.unpack(packed, bits, count)  # which says what is wrong
     values = packed.new_empty(count)
     if count:
-        _unpack[(triton.cdiv(count, _BLOCK),)](packed.contiguous(), values, count, BITS=bits, BLOCK=_BLOCK)
+        grid = (triton.cdiv(count, _BLOCK),)
+        _unpack[grid](packed.contiguous(), values, count, BITS=bits, BLOCK=_BLOCK)
     return values
 
 
@@ -40,7 +42,8 @@ def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, d
     out = packed.new_empty((channel_scale.numel(), columns), dtype=dtype)
     form = bit_format(bits)
     if out.numel():
-        _dequantize[(triton.cdiv(out.numel(), _BLOCK),)](
+        grid = (triton.cdiv(out.numel(), _BLOCK),)
+        _dequantize[grid](
             packed.contiguous(),
             channel_scale.contiguous(),
             out,
@@ -56,17 +59,78 @@ def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, d
 
 @triton.jit
 def load_index(packed, at, mask, BITS: tl.constexpr):
-    """The values at places ``at`` (any shape, int) of a packed stream: int32; 0 where the mask is off.
+    """The values at places ``at`` (any shape, int) of a packed stream: int32; 0 where the mask is off."""
+    return load_bits(packed, at.to(tl.int64) * BITS, mask, BITS)
+
+
+@triton.jit
+def load_bits(packed, bit, mask, BITS: tl.constexpr):
+    """The values that begin at each ``bit`` of a packed stream: int32.
 
     A value lies in the byte where it begins and, where 8 is no multiple of BITS, may reach into the next one.
     """
-    bit = at.to(tl.int64) * BITS
     byte, shift = bit >> 3, (bit & 7).to(tl.int32)
     value = tl.load(packed + byte, mask=mask, other=0).to(tl.int32) >> shift
     if 8 % BITS != 0:
         reaches = mask & (shift + BITS > 8)
         value |= tl.load(packed + byte + 1, mask=reaches, other=0).to(tl.int32) << (8 - shift)
     return value & ((1 << BITS) - 1)
+
+
+@triton.jit
+def spread(x):
+    """Each value eight times: (B, 64) from (B, 8)."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (x.shape[0], 8, 8)), (x.shape[0], 64))
+
+
+@triton.jit
+def load_tile(plane, group, left, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """A tile of values: int32, (B, 64), 0 beyond the first ``left``.
+
+    plane: where the program's part of a packed stream begins.  group: (B, 8), the number of each eight values in it,
+    which fill BITS bytes.  WORDS: ``left`` is a multiple of eight, and the plane aligned to 4 bytes.
+    """
+    lane = tl.arange(0, 64)[None, :] % 8
+    if WORDS and (BITS == 1 or BITS == 2 or BITS == 4):
+        word = tl.load(_words(plane, BITS) + group, mask=group * 8 < left, other=0).to(tl.int32)
+        value = (spread(word) >> (lane * BITS)) & ((1 << BITS) - 1)
+    else:
+        at = spread(group) * 8 + lane
+        value = load_bits(plane, at * BITS, at < left, BITS)
+    return value
+
+
+@triton.jit
+def store_tile(plane, group, left, value, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Pack a tile of values as ``load_tile`` reads it. A group is one word: the sum of values that share no bit."""
+    lane = tl.arange(0, 64)[None, :] % 8
+    at = spread(group) * 8 + lane
+    if BITS == 8:
+        tl.store(plane + at, value.to(tl.uint8), mask=at < left)
+    else:
+        wide = value if BITS <= 4 else value.to(tl.int64)
+        parts = tl.where(at < left, wide << (lane * BITS), 0)
+        word = tl.sum(tl.reshape(parts, (group.shape[0], 8, 8)), axis=2)
+        if WORDS and (BITS == 1 or BITS == 2 or BITS == 4):
+            words = _words(plane, BITS)
+            tl.store(words + group, word.to(words.dtype.element_ty), mask=group * 8 < left)
+        else:
+            step = tl.arange(0, 8)[None, None, :]
+            byte = group[:, :, None] * BITS + step
+            there = (step < BITS) & (byte * 8 < left * BITS)
+            tl.store(plane + byte, (word[:, :, None] >> (8 * tl.minimum(step, BITS - 1))).to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _words(plane, BITS: tl.constexpr):
+    """A pointer to the words of eight values, of 1, 2 or 4 bytes."""
+    if BITS == 1:
+        result = plane
+    elif BITS == 2:
+        result = plane.to(tl.pointer_type(tl.int16), bitcast=True)
+    else:
+        result = plane.to(tl.pointer_type(tl.int32), bitcast=True)
+    return result
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Conversions of floats that give the same bits on a GPU and in Triton's interpreter."""
+"""Conversions and rounding of floats that give the same bits on a GPU and in Triton's interpreter."""
 
 import triton
 import triton.language as tl
@@ -28,3 +28,14 @@ def widened(value):
     else:
         result = value.to(tl.float32)
     return result
+
+
+@triton.jit
+def rounded(value):
+    """float32 values rounded to integers, ties to even. Needs a kernel compiled without fused multiply-adds.
+
+    Adding 2**23 does that to all below it, and what is larger is an integer.
+    """
+    size = tl.abs(value)
+    whole = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
+    return tl.where(value < 0, -whole, whole)

@@ -1,8 +1,8 @@
 """How Adam's moments are stored, as ``ops.reference.moments`` defines it.
 
-Elements are handled as blocks of 128, which share a unit in the 8-bit form, in two halves: those of a half are
-``block * 128 + place``, with ``block`` of shape (B, 1, 1) and ``place`` (1, 8, 8), 0 .. 63 or 64 .. 127. An 8-bit code
-is the upper part of a float32, of which 19 bits are cut.
+A tile is (B, 64) elements, one half of B blocks of 128, which share a unit in the 8-bit form: element ``run + place``,
+with ``run`` (B, 1) where its block begins, and ``place`` (1, 64) 0 .. 63 or 64 .. 127. Moments are pointed to where the
+program's elements begin, of which ``left`` are there. An 8-bit code is the upper part of a float32: 19 bits are cut.
 """
 
 import triton
@@ -14,41 +14,49 @@ _ROW = tl.constexpr(132)  # bytes of a block: 128 codes and a unit
 
 
 @triton.jit
-def load_moment(stored, block, place, count, SIGNED: tl.constexpr):
-    """Elements of a half as float32, 0 beyond ``count``. SIGNED: a first moment."""
-    mask = block * 128 + place < count
+def from_element(stored, start):
+    """A pointer to where the elements of a moment begin that follow ``start``, a multiple of 128."""
+    return stored + (start // 128 * _ROW if stored.dtype.element_ty == tl.uint8 else start)
+
+
+@triton.jit
+def load_moment(stored, run, place, left, SIGNED: tl.constexpr):
+    """Elements of a tile as float32, 0 beyond ``left``. SIGNED: a first moment."""
+    mask = run + place < left
     if stored.dtype.element_ty == tl.uint8:
-        code = tl.load(stored + block * _ROW + place, mask=mask, other=0).to(tl.int32)
-        unit = tl.load(_units(stored) + block * (_ROW // 4) + 32, mask=block * 128 < count, other=0)
+        row = run // 128 * _ROW
+        code = tl.load(stored + row + place, mask=mask, other=0).to(tl.int32)
+        unit = tl.load(_units(stored, row), mask=run < left, other=0)
         size = (code & 127) if SIGNED else code
         value = ((size << 19) + unit).to(tl.float32, bitcast=True) - unit.to(tl.float32, bitcast=True)
         if SIGNED:
             value = tl.where(code > 127, -value, value)
     else:
-        value = widened(tl.load(stored + block * 128 + place, mask=mask, other=0.0))
+        value = widened(tl.load(stored + run + place, mask=mask, other=0.0))
     return value
 
 
 @triton.jit
-def store_moment(stored, block, place, count, first, first_noise, second, second_noise, SIGNED: tl.constexpr):
-    """Round both halves' values, float32, into a moment. place: of the first half."""
+def store_moment(stored, run, place, left, first, first_noise, second, second_noise, SIGNED: tl.constexpr):
+    """Round the values of both halves of B blocks, float32, into a moment. place: 0 .. 63."""
     if stored.dtype.element_ty == tl.uint8:
-        largest = tl.max(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=2, keep_dims=True), axis=1, keep_dims=True)
-        unit = _unit(largest, SIGNED)
-        there = block * 128 < count
-        at = stored + block * _ROW + place
-        tl.store(at, _code(first, unit, first_noise, SIGNED), mask=there)
-        tl.store(at + 64, _code(second, unit, second_noise, SIGNED), mask=there)
-        tl.store(_units(stored) + block * (_ROW // 4) + 32, unit, mask=there)
+        unit = _unit(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1, keep_dims=True), SIGNED)
+        row = run // 128 * _ROW
+        at = stored + row + place
+        tl.store(at, _code(first, unit, first_noise, SIGNED), mask=run < left)
+        tl.store(at + 64, _code(second, unit, second_noise, SIGNED), mask=run < left)
+        tl.store(_units(stored, row), unit, mask=run < left)
     else:
-        at = block * 128 + place
-        tl.store(stored + at, _rounded(first, first_noise, stored.dtype.element_ty, SIGNED), mask=at < count)
-        tl.store(stored + at + 64, _rounded(second, second_noise, stored.dtype.element_ty, SIGNED), mask=at + 64 < count)
+        at = run + place
+        dtype: tl.constexpr = stored.dtype.element_ty
+        tl.store(stored + at, _rounded(first, first_noise, dtype, SIGNED), mask=at < left)
+        tl.store(stored + at + 64, _rounded(second, second_noise, dtype, SIGNED), mask=at + 64 < left)
 
 
 @triton.jit
-def _units(stored):
-    return stored.to(tl.pointer_type(tl.int32), bitcast=True)
+def _units(stored, row):
+    """Pointers to the units, behind the 128 codes of each row, as the bits of a float32."""
+    return stored.to(tl.pointer_type(tl.int32), bitcast=True) + row // 4 + 32
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The step of packed weights in one pass, the check of their gradients: bit for bit what the reference does.
 
 No sum is left open to contraction: every kernel here is compiled without fused multiply-adds, and division and square
-root round to nearest. What changes from step to step (rate, corrections, key) is an argument that nothing is compiled for.
+root round to nearest. What changes from step to step (rate, corrections, key) is an argument that nothing is
+compiled for.
 """
 
 import torch
@@ -14,14 +15,17 @@ from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.reference import update as reference
 from bitorch_engine.ops.reference.levels import step_key
 from bitorch_engine.ops.reference.noise import as_int32
-from bitorch_engine.ops.triton.bits import MOST_COLUMNS, row_of
+from bitorch_engine.ops.triton.bits import MOST_COLUMNS, row_of, spread
 from bitorch_engine.ops.triton.floats import widened
 from bitorch_engine.ops.triton.levels import load_levels, moved, store_levels
-from bitorch_engine.ops.triton.moments import load_moment, store_moment
+from bitorch_engine.ops.triton.moments import from_element, load_moment, store_moment
 from bitorch_engine.ops.triton.noise import in_second_half, noise_bits
 
-_BLOCKS = 8
+_BLOCKS = 16
 """Runs of 128 elements that one program moves."""
+
+_BLOCK = 4096
+"""Elements of one program that only looks."""
 
 _ROW = 1 << 15
 """Elements of a row of which one program makes the mean square; the reference does longer ones."""
@@ -79,14 +83,16 @@ def update_(
         rate = torch.empty_like(scale)
         padded = triton.next_power_of_2(columns)
         height = max(1, _TILE // padded)
-        _advance_rows[(triton.cdiv(rows, height),)](
+        grid = (triton.cdiv(rows, height),)
+        _advance_rows[grid](
             grad, exp_avg_s, scale, rate,
             rows, columns, beta2, 1 - beta2, 1 / columns, least, grad_factor, -factor,
             LEVELS=levels, HEIGHT=height, PADDED=padded, LOG=padded.bit_length() - 1,
             num_warps=min(16, max(4, padded // 1024)), enable_fp_fusion=False,
         )  # fmt: skip
     count = grad.numel()
-    _update[(triton.cdiv(count, _BLOCKS * 128),)](
+    grid = (triton.cdiv(count, _BLOCKS * 128),)
+    _update[grid](
         packed, residual, scale, rate, grad, None if per_row else exp_avg_s, exp_avg_l,
         count, columns, as_int32(step_key(key)),
         beta1, 1 - beta1, beta2, 1 - beta2, least, grad_factor, -factor,
@@ -108,11 +114,12 @@ def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, bits: i
 
 
 def all_within(values: Tensor, limit: float) -> Tensor:
-    dense = values.is_contiguous() or values.movedim(1, -1).is_contiguous()
+    dense = values.is_contiguous() or (values.dim() > 1 and values.movedim(1, -1).is_contiguous())
     if values.dtype != torch.float32 or values.numel() == 0 or not dense:
         return reference.all_within(values, limit)
     within = torch.ones((), dtype=torch.bool, device=values.device)
-    _find_beyond[(triton.cdiv(values.numel(), 4096),)](values, within, values.numel(), limit, BLOCK=4096)
+    grid = (triton.cdiv(values.numel(), _BLOCK),)
+    _find_beyond[grid](values, within, values.numel(), limit, BLOCK=_BLOCK)
     return within
 
 
@@ -122,60 +129,65 @@ def _update(
     beta1, rest1, beta2, rest2, least, grad_factor, factor,
     BITS: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Runs of 128 elements, each in two halves of eight groups of eight, since halves share noise.
+    """Runs of 128 elements, each in two halves, since halves share noise.
 
-    rate: of each row, or None, where it follows from the scale.  WHOLE_GROUPS: a group lies in one row.
+    rate: of each row, or None, where it follows from the scale.  WHOLE_GROUPS: eight elements side by side are of one
+    row.
     """
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * 128)
-    run = tl.arange(0, BLOCKS)[:, None, None] * 128
-    group = tl.arange(0, 8)[None, :, None]
-    lane = tl.arange(0, 8)[None, None, :]
-    place = group * 8 + lane
-    block = start // 128 + run // 128
+    left = tl.minimum(count - start, BLOCKS * 128).to(tl.int32)
+    run = tl.arange(0, BLOCKS)[:, None] * 128
+    place = tl.arange(0, 64)[None, :]
     noise = noise_bits(start, run + place, key)
     noise2 = in_second_half(noise)
 
-    m = _gradient(grad, block, place, count, grad_factor)
-    m2 = _gradient(grad, block, place + 64, count, grad_factor)
+    m = _gradient(grad + start, run + place, left, grad_factor)
+    m2 = _gradient(grad + start, run + place + 64, left, grad_factor)
     v, v2 = m, m2
     if exp_avg_s is not None:
-        v = load_moment(exp_avg_s, block, place, count, False) * beta2 + m * m * rest2
-        v2 = load_moment(exp_avg_s, block, place + 64, count, False) * beta2 + m2 * m2 * rest2
-        store_moment(exp_avg_s, block, place, count, v, noise, v2, noise2, False)
+        second = from_element(exp_avg_s, start)
+        v = load_moment(second, run, place, left, False) * beta2 + m * m * rest2
+        v2 = load_moment(second, run, place + 64, left, False) * beta2 + m2 * m2 * rest2
+        store_moment(second, run, place, left, v, noise, v2, noise2, False)
     if exp_avg_l is not None:
-        m = load_moment(exp_avg_l, block, place, count, True) * beta1 + m * rest1
-        m2 = load_moment(exp_avg_l, block, place + 64, count, True) * beta1 + m2 * rest1
-        store_moment(exp_avg_l, block, place, count, m, noise, m2, noise2, True)
+        first = from_element(exp_avg_l, start)
+        m = load_moment(first, run, place, left, True) * beta1 + m * rest1
+        m2 = load_moment(first, run, place + 64, left, True) * beta1 + m2 * rest1
+        store_moment(first, run, place, left, m, noise, m2, noise2, True)
 
-    inside = run + (group * 8 if WHOLE_GROUPS else place)
-    move = m * _rate(scale, rate, start, inside, count, columns, factor, LEVELS)
-    move2 = m2 * _rate(scale, rate, start, inside + 64, count, columns, factor, LEVELS)
+    group = run // 8 + tl.arange(0, 8)[None, :]
+    move = m * _rate(scale, rate, start, group, left, columns, factor, LEVELS, WHOLE_GROUPS)
+    move2 = m2 * _rate(scale, rate, start, group + 8, left, columns, factor, LEVELS, WHOLE_GROUPS)
     if exp_avg_s is not None:
         move = tl.div_rn(move, tl.sqrt_rn(v) + least)
         move2 = tl.div_rn(move2, tl.sqrt_rn(v2) + least)
-    group += block * 16
-    level = load_levels(packed, residual, group, lane, count, BITS, WORDS)
-    level2 = load_levels(packed, residual, group + 8, lane, count, BITS, WORDS)
-    store_levels(packed, residual, group, lane, count, moved(level, move, noise), BITS, WORDS)
-    store_levels(packed, residual, group + 8, lane, count, moved(level2, move2, noise2), BITS, WORDS)
+    packed += start // 8 * BITS
+    residual += start // 8 * (8 - BITS)
+    level = load_levels(packed, residual, group, left, BITS, WORDS)
+    level2 = load_levels(packed, residual, group + 8, left, BITS, WORDS)
+    store_levels(packed, residual, group, left, moved(level, move, noise), BITS, WORDS)
+    store_levels(packed, residual, group + 8, left, moved(level2, move2, noise2), BITS, WORDS)
 
 
 @triton.jit
-def _gradient(grad, block, place, count, grad_factor):
-    at = block * 128 + place
-    return widened(tl.load(grad + at, mask=at < count, other=0.0)) * grad_factor
+def _gradient(grad, at, left, grad_factor):
+    return widened(tl.load(grad + at, mask=at < left, other=0.0)) * grad_factor
 
 
 @triton.jit
-def _rate(scale, rate, start, inside, count, columns, factor, LEVELS: tl.constexpr):
-    """Levels by which a moment of 1 moves elements ``start + inside``, with the sign of the step."""
+def _rate(scale, rate, start, group, left, columns, factor, LEVELS: tl.constexpr, WHOLE_GROUPS: tl.constexpr):
+    """Levels by which a moment of 1 moves the elements of a tile, with the sign of the step."""
+    inside = group * 8
+    if not WHOLE_GROUPS:
+        inside = spread(inside) + tl.arange(0, 64)[None, :] % 8
     row = row_of(start, inside, columns)
-    mask = start + inside < count
+    mask = inside < left
     if rate is not None:
         value = tl.load(rate + row, mask=mask, other=0.0)
     else:
         value = tl.div_rn(1.0, tl.load(scale + row, mask=mask, other=1.0)) * LEVELS * factor
-    return _clamped(value)
+    value = _clamped(value)
+    return spread(value) if WHOLE_GROUPS else value
 
 
 @triton.jit

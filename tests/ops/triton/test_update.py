@@ -1,6 +1,5 @@
-"""A step by the GPU's kernel gives the bits of the reference on the CPU, and moves weights by what was asked on average."""
+"""A step by the GPU's kernel gives the bits of the reference on the CPU."""
 
-import struct
 from typing import Any
 
 import pytest
@@ -135,3 +134,61 @@ def test_gradients_of_any_size_give_the_bits_of_the_reference(size: float, devic
     grads = [torch.randn(3, 100).clamp(-1, 1) * size for _ in range(2)]
     for moment in ("8bit", "bf16", "fp16"):
         agree(device, 3, (3, 100), moment, moment, grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bits_and_gaps_give_the_bits_of_the_reference(dtype: torch.dtype, device: torch.device) -> None:
+    grad = torch.randn(9, 40).to(dtype)
+    agree(device, 5, (40, 9), "8bit", "8bit", [grad.T])
+    agree(device, 5, (9, 20), "8bit", "channel", [grad[:, ::2]])
+
+
+@pytest.mark.parametrize("memory", [("8bit", "8bit"), ("8bit", "channel")], ids=str)
+def test_fifty_steps_end_at_the_codes_of_the_cpu(memory: tuple[str, str], device: torch.device) -> None:
+    grads = [torch.randn(6, 40) * 0.01 + 0.003 for _ in range(50)]
+    agree(device, 4, (6, 40), *memory, grads)
+
+
+def test_nothing_to_move_is_no_step(device: torch.device) -> None:
+    state = State(4, (0, 5), "8bit", "8bit", device)
+    state.step(kernels.update_, torch.zeros(0, 5), 1)
+
+
+@pytest.mark.parametrize("size", [1e-3, -0.4])
+def test_what_is_added_moves_levels_by_that_much_on_average(size: float, device: torch.device) -> None:
+    rows, columns, steps = 4, 1000, 3
+    scale = torch.ones(rows, device=device)
+    packed, residual = (torch.full((rows * columns // 2,), value, dtype=torch.uint8).to(device) for value in (0x88, 0))
+    for key in range(steps):  # a level is 1/16 of a code
+        kernels.add_(packed, residual, scale, torch.full((rows, columns), size / 16, device=device), 4, key=key)
+    high, low = (ops.unpack(plane.cpu(), 4, rows * columns).int() for plane in (packed, residual))
+    moved = (high << 4 | low) - 128
+    expected = rows * columns * steps * size
+    assert abs(float(moved.sum()) - expected) < 4.5 * abs(expected) ** 0.5
+    assert bool((moved.sign() * (1 if size > 0 else -1) >= 0).all())
+
+
+def test_what_is_written_counts_a_version(device: torch.device) -> None:
+    state = State(4, (3, 50), "8bit", "fp32", device)
+    held = [t for t in (state.packed, state.residual, state.m, state.v) if t is not None]
+    before = [t._version for t in held]
+    state.step(kernels.update_, torch.randn(3, 50), 1)
+    assert all(t._version > version for t, version in zip(held, before, strict=True))
+    with torch.inference_mode():
+        State(4, (3, 50), "8bit", "8bit", device).step(kernels.update_, torch.randn(3, 50), 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1.1e18, -1e19])
+def test_a_value_out_of_bounds_is_found_anywhere(bad: float, device: torch.device) -> None:
+    for shape in ((1,), (2, 3, 5, 7), (5000,)):
+        values = torch.randn(shape).to(device)
+        assert kernels.all_within(values, 1e18)
+        for place in (0, values.numel() - 1):
+            wrong = values.clone()
+            wrong.view(-1)[place] = bad
+            assert not kernels.all_within(wrong, 1e18)
+    values = torch.full((2, 8, 4, 4), bad, device=device)
+    assert not kernels.all_within(values.contiguous(memory_format=torch.channels_last), 1e18)
+    assert not kernels.all_within(values[:, ::2], 1e18)
+    assert not kernels.all_within(values.to(torch.float64), 1e18)
+    assert kernels.all_within(values[:0], 1e18)
