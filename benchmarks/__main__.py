@@ -6,10 +6,11 @@ from fnmatch import fnmatch
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks import kernels, learning, memory
+from benchmarks import gpu, kernels, learning, memory
 from benchmarks.machine import RESULTS, facts
 from benchmarks.runs import PARTIAL, Measurement, measure
 from bitorch_engine.ops.cpu import available_isas
@@ -27,6 +28,8 @@ def main(context: click.Context) -> None:
         context.invoke(run_learning)
         context.invoke(run_memory)
         context.invoke(run_kernels)
+        if torch.cuda.is_available():
+            context.invoke(run_gpu)
 
 
 @main.command("learning")
@@ -89,6 +92,15 @@ def run_kernels(quick: bool = False, only: str = "*") -> None:
     write_tables()
 
 
+@main.command("gpu")
+def run_gpu() -> None:
+    """Speed and memory on a GPU: update, convolutions, linear layers, a training step."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("torch finds no CUDA device; results/gpu.md stays as it is.")
+    (RESULTS / "gpu.json").write_text(json.dumps(gpu.measure(), indent=1) + "\n", encoding="utf-8")
+    write_tables()
+
+
 @main.command("tables")
 def run_tables() -> None:
     """Write and show results/*.md anew, from the measurements in results/*.json."""
@@ -102,6 +114,7 @@ def write_tables() -> None:
         texts["learning"] = learning.report(record, read("tuning"))
     if (record := read("memory")) is not None:
         texts["memory"] = memory.report(record)
+    texts["gpu"] = gpu.report(read("gpu"))
     for path in sorted(RESULTS.glob("kernels-*.json")):
         texts[path.stem] = kernels.report(read(path.stem))
     for name, text in texts.items():

@@ -20,7 +20,7 @@ SOURCES = ("bits", "ops", "quantizers", "parameters", "layers", "optim", "conver
 def facts() -> dict[str, Any]:
     """Machine, versions, date and the command that was typed. Names no path of this machine."""
     known = collect()
-    kept = ("cpu", "cores", "python", "torch", "bitorch_engine")
+    kept = ("cpu", "cores", "python", "torch", "triton", "bitorch_engine")
     return {
         **{name: known[name] for name in kept},
         "system": f"{platform.system()} {platform.machine()}",

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bitorch_engine import __version__
-from bitorch_engine.ops import cpu
+from bitorch_engine.ops import cpu, triton
 from bitorch_engine.ops.library import defined, wanted_backend
 
 
 @click.command("info")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 def command(as_json: bool) -> None:
-    """Show versions, devices, and for each kernel the instruction set in use and why."""
+    """Show versions, devices, and for each kernel and op what is in use and why."""
     facts = collect() | kernel_facts()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -42,26 +43,49 @@ def collect() -> dict[str, str | int | list[str]]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])],
-        "backends": ["reference", *(["cpu"] if _in_use() else [])],
+        "triton": _triton_version(),
+        "backends": ["reference", *(["cpu"] if _in_use() else []), *(["triton"] if not _why_no_triton() else [])],
     }
 
 
 def kernel_facts() -> dict[str, Any]:
-    """What computes the ops on a CPU, and why.
+    """What computes the ops on a CPU and on a GPU, and why.
 
     "instruction set": the best one in use, with the reason.  "kernels": of each, the one in use, with those that it is
-    written for.  "ops": of each, "kernels" or "plain PyTorch".
+    written for.  "ops": of each, "kernels" or "plain PyTorch".  "GPU kernels": whether Triton's are in use, with the
+    reason.  "GPU ops": of each, "Triton" or "plain PyTorch"; of none where there is no GPU.
     """
-    in_use = _in_use()
+    in_use, no_triton = _in_use(), _why_no_triton()
     return {
         "instruction set": _instruction_set(),
         "kernels": {name: _used(isas) for name, isas in cpu.kernels().items()} if in_use else {},
         "ops": {op: "kernels" if in_use and op in cpu.IMPLEMENTATIONS else "plain PyTorch" for op in defined()},
+        "GPU kernels": f"none: {no_triton}" if no_triton else f"Triton {_triton_version()}, compiled at the first call",
+        "GPU ops": {
+            op: "Triton" if not no_triton and op in triton.IMPLEMENTATIONS else "plain PyTorch"
+            for op in (defined() if torch.cuda.device_count() else [])
+        },
     }
 
 
 def _in_use() -> bool:
     return not cpu.why_not_loaded() and wanted_backend() != "reference"
+
+
+def _why_no_triton() -> str:
+    """Why no op runs Triton's kernels; empty where they do."""
+    if wanted_backend() == "reference":
+        return "BITORCH_ENGINE_BACKEND=reference"
+    if not torch.cuda.device_count() and not triton.interpreted():
+        return "torch finds no CUDA device"
+    return triton.why_not_available()
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _instruction_set() -> str:

@@ -32,6 +32,19 @@ def test_must_is_judged_at_every_shape_and_aim_in_the_geometric_mean() -> None:
     assert verdict.word == "must"
 
 
+def test_a_goal_on_average_is_judged_in_the_geometric_mean_alone() -> None:
+    goal = Goal("conv", "ours", "int8", must=1.5, aim=2.0, on_average=True)
+    results = [
+        Result("conv", shape, {"ours": 1.0, "int8: x": time}, [goal]) for shape, time in (("a", 4.0), ("b", 1.0))
+    ]
+    assert verdicts(results)[0].word == "must, aim"
+
+
+def test_a_contest_is_measured_by_its_own_clock() -> None:
+    contest = Contest("conv", "a", [GOAL], lambda: {"ours": int}, measure=lambda functions, **how: {"ours": 3.0})
+    assert run(contest, rounds=1).seconds == {"ours": 3.0}
+
+
 def test_a_goal_without_a_peer_or_without_ours_is_left_out() -> None:
     assert verdicts([result("a", ours=1.0, fp32_x=1.0), result("b", int8_x=1.0)]) == []
 
@@ -71,6 +84,8 @@ def test_the_command_measures_what_is_asked_for_and_leaves_the_threads_as_they_w
     text = CliRunner().invoke(app, arguments).stdout
     assert "depthwise" in text
     assert "2 threads" in text
+    if not torch.cuda.is_available():
+        assert "Not measured: the GPU's kernels; torch finds no CUDA device." in text
 
 
 def test_a_pattern_that_fits_nothing_is_refused() -> None:

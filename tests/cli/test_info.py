@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from bitorch_engine.cli import info
@@ -48,3 +49,27 @@ def test_a_library_that_is_not_there_is_named_with_the_reason(monkeypatch: pytes
     )
     assert (found["kernels"], found["backends"]) == ({}, ["reference"])
     assert "no such wind" in CliRunner().invoke(app, ["info"]).output
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there is a GPU")
+def test_without_a_gpu_its_kernels_are_none_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = facts()
+    assert found["GPU kernels"] == "none: torch finds no CUDA device"
+    assert found["GPU ops"] == {}
+    monkeypatch.setenv("BITORCH_ENGINE_BACKEND", "reference")
+    assert facts()["GPU kernels"] == "none: BITORCH_ENGINE_BACKEND=reference"
+
+
+def test_on_a_gpu_each_op_is_listed_with_what_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H200")
+    monkeypatch.setattr(info.triton, "why_not_available", lambda: "")
+    found = facts()
+    assert found["devices"][1] == "cuda:0 H200"  # type: ignore[index]
+    assert "triton" in found["backends"]
+    assert found["GPU kernels"].startswith("Triton ")  # type: ignore[attr-defined]
+    assert found["GPU ops"]["update_"] == "Triton"
+    monkeypatch.setattr(info.triton, "why_not_available", lambda: "Triton is not installed: pip install it")
+    found = facts()
+    assert found["GPU kernels"] == "none: Triton is not installed: pip install it"
+    assert set(found["GPU ops"].values()) == {"plain PyTorch"}

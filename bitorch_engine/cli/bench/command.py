@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bitorch_engine.cli.bench import gpu
 from bitorch_engine.cli.bench.contest import HEADS, Result, run, table, verdicts
 from bitorch_engine.cli.bench.contests import contests
 from bitorch_engine.cli.bench.peers import has_onnxruntime
@@ -31,13 +32,14 @@ COLUMNS = (TextColumn("{task.description:32}"), BarColumn(bar_width=20), MofNCom
 def command(threads: int, rounds: int, only: str, as_json: bool) -> None:
     """Time the kernels against torch's, and against onnxruntime's where that is installed. About a minute.
 
+    On a computer with a GPU the GPU's kernels too.
+
     BITORCH_ENGINE_CPU=avx2 caps our instruction set; ONEDNN_MAX_CPU_ISA=AVX2 that of torch's peers.
     """
-    chosen = [c for c in contests() if fnmatch(f"{c.work} {c.shape}", only)]
+    known = [*contests(), *(gpu.contests() if torch.cuda.is_available() else ())]
+    chosen = [c for c in known if fnmatch(f"{c.work} {c.shape}", only)]
     if not chosen:
-        raise UsageError(
-            f"no contest fits --only {only}; they are {', '.join(f'{c.work} {c.shape}' for c in contests())}."
-        )
+        raise UsageError(f"no contest fits --only {only}; they are {', '.join(f'{c.work} {c.shape}' for c in known)}.")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     results: list[Result] = []
@@ -70,5 +72,7 @@ def show(results: list[Result], threads: int) -> None:
     for result in results:
         if result.missing:
             console.print(f"Not measured: {result.work} {result.shape}: {result.missing}")
+    if not torch.cuda.is_available():
+        console.print("Not measured: the GPU's kernels; torch finds no CUDA device.")
     if not has_onnxruntime():
         console.print("onnxruntime is not installed: pip install 'bitorch_engine[bench]' compares with it too.")
