@@ -21,7 +21,8 @@ Written multiply(binary::MultiplyFunction kernel, Random& random) {
     weight_words += s.words;
     image_words = std::max(image_words, s.image + s.words);
   }
-  std::vector<uint32_t> image(image_words + MOST_PIXELS * t.image_step), weights(t.blocks * weight_words * binary::LANES);
+  std::vector<uint32_t> image(image_words + MOST_PIXELS * t.image_step);
+  std::vector<uint32_t> weights(t.blocks * weight_words * binary::LANES);
   for (uint32_t& word : image) word = random.bits();
   for (uint32_t& word : weights) word = random.bits();
   const std::vector<float> factor = random.numbers(MOST_BLOCKS * binary::LANES, 1);

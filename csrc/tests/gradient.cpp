@@ -12,7 +12,8 @@ Written round_codes(RoundFunction round, Random& random) {
   for (float& one : inverse) one = static_cast<float>(random.between(1, 90));
   const Rounding rounding{random.flip() ? factor.data() : nullptr, random.between(0, 1), inverse.data(),
                           random.between(0, 1), static_cast<float>(random.between(1, 127)), random.bits()};
-  const uint64_t first = random.flip() ? random.bits() : (uint64_t{1} << 32) - static_cast<uint64_t>(random.between(0, 900));
+  const uint64_t edge = (uint64_t{1} << 32) - static_cast<uint64_t>(random.between(0, 900));
+  const uint64_t first = random.flip() ? random.bits() : edge;
   std::vector<int8_t> codes(count);
   round(x.data(), count, rounding, first, static_cast<uint64_t>(random.between(1, 50)), codes.data());
   return Written().add(codes);

@@ -42,7 +42,8 @@ Written step(UpdateFunction update, Random& random) {
   rule.key = random.bits();
   std::vector<uint8_t> packed = random.bytes(count * BLOCK / 8 * rule.bits);
   std::vector<uint8_t> residual = random.bytes(count * BLOCK / 8 * (8 - rule.bits));
-  std::vector<uint8_t> first = moment(rule.first, false, count, random), second = moment(rule.second, true, count, random);
+  std::vector<uint8_t> first = moment(rule.first, false, count, random);
+  std::vector<uint8_t> second = moment(rule.second, true, count, random);
   const std::vector<float> grad = random.numbers(count * BLOCK, 1);
   std::vector<uint16_t> halves;
   for (float x : grad) halves.push_back(to_bfloat16(x));
