@@ -10,6 +10,8 @@ int main() {
   Agreement agreement;
   check_binary(agreement);
   check_bits(agreement);
+  check_conv(agreement);
+  check_depthwise(agreement);
   check_grad_weight(agreement);
   check_gradient(agreement);
   check_linear(agreement);

@@ -99,9 +99,12 @@ class Agreement {
         be_cap_isa(isa);
         wrong += !(run(kernel.functions[isa], other) == expected);
       }
-      std::printf("%-28s instruction set %d: %d of %d wrong\n", kernel.name, isa, wrong, rounds);
-      failed_ |= wrong > 0;
+      report(kernel.name, isa, wrong, rounds);
     }
+  }
+  void report(const char* what, int isa, int wrong, int rounds) {
+    std::printf("%-28s instruction set %d: %d of %d wrong\n", what, isa, wrong, rounds);
+    failed_ |= wrong > 0;
   }
   bool failed() const { return failed_; }
   bool checked(const char* kernel) const { return checked_.count(kernel) > 0; }
@@ -113,6 +116,8 @@ class Agreement {
 
 void check_binary(Agreement&);
 void check_bits(Agreement&);
+void check_conv(Agreement&);
+void check_depthwise(Agreement&);
 void check_grad_weight(Agreement&);
 void check_gradient(Agreement&);
 void check_linear(Agreement&);

@@ -1,0 +1,57 @@
+#include "depthwise/depthwise.h"
+
+#include "agreement.h"
+
+namespace bitorch_engine {
+namespace {
+
+Written multiply(DepthwiseFunction kernel, Random& random) {
+  DepthwiseLine line{};
+  line.pairs = random.between(0, 12);
+  line.step = random.between(1, 200);
+  line.pixels = random.between(1, 20);
+  line.channels = random.between(1, 100);
+  const int64_t blocks = (line.channels + LANE_BLOCK - 1) / LANE_BLOCK, lanes = blocks * LANE_BLOCK;
+  const int64_t largest = (1 << random.between(1, 8)) - 1, largest_weight = 1 << random.between(0, 7);
+  std::vector<int64_t> offsets(2 * line.pairs);
+  for (int64_t& offset : offsets) offset = random.between(0, 500);
+  const std::vector<uint8_t> slab = random.bytes(line.pixels * line.step + 500 + lanes, largest);
+  std::vector<int8_t> weights(blocks * line.pairs * 2 * LANE_BLOCK);
+  for (int8_t& weight : weights) weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
+  std::vector<int32_t> start(lanes);
+  for (int32_t& one : start) one = static_cast<int32_t>(random.between(-9000, 9000));
+  const std::vector<float> factor = random.numbers(lanes, 0.01f), bias = random.numbers(lanes, 9);
+  line.pitch = line.channels + random.between(0, 5);
+  std::vector<float> out(line.pixels * line.pitch);
+  line.base = slab.data();
+  line.offsets = offsets.data();
+  line.weights = weights.data();
+  line.start = start.data();
+  line.factor = factor.data();
+  line.bias = bias.data();
+  line.fit = 32767 / (2 * largest * largest_weight);
+  line.out = out.data();
+  kernel(line);
+  return Written().add(out);
+}
+
+Written gradient(DepthwiseGradientFunction kernel, Random& random) {
+  const int64_t products = random.between(0, 30), step = random.between(1, 100), pixels = random.between(1, 40);
+  const int64_t pitch = LANE_BLOCK + random.between(0, 9);
+  std::vector<int64_t> offsets(products);
+  for (int64_t& offset : offsets) offset = random.between(0, 500);
+  const std::vector<uint8_t> slab = random.bytes(pixels * step + 500 + LANE_BLOCK), rows = random.bytes(pixels * pitch);
+  std::vector<int32_t> totals((1 + products) * LANE_BLOCK, 5);
+  kernel({slab.data(), offsets.data(), products, step, pixels, rows.data(), pitch,
+          static_cast<int>(random.flip() ? 128 : random.between(0, 1)), totals.data()});
+  return Written().add(totals);
+}
+
+}  // namespace
+
+void check_depthwise(Agreement& agreement) {
+  agreement.check(depthwise_kernel, 200, multiply);
+  agreement.check(depthwise_gradient_kernel, 100, gradient);
+}
+
+}  // namespace bitorch_engine
