@@ -155,6 +155,15 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
   return count;
 }
 
+// Gets the lines of the cache that the next tile writes, while this one is computed.
+void fetch_results(const Call& call, const Place& place, int64_t channel, int64_t channels) {
+  constexpr int64_t LINE = 64 / sizeof(float);
+  for (int64_t m = 0; m < place.count; ++m) {
+    const float* out = reinterpret_cast<const float*>(call.out) + place.out + m * place.out_step + channel;
+    for (int64_t o = 0; o < channels; o += LINE) __builtin_prefetch(out + o, 1);
+  }
+}
+
 // One thread's share: tiles first_tile .. last_tile of all boxes, blocks first_block .. last_block of one group.
 void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t last_tile, int64_t first_block,
                    int64_t last_block) {
@@ -187,7 +196,8 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       const int64_t some = std::min(COLUMNS, call.results() - b * LANES);
       tile.blocks = std::min(MOST_BLOCKS, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
-      if (call.lookup) call.lookup->panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
+      if (call.lookup && (passes > 1 || first == first_tile))
+        call.lookup->panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
       const bool direct = in_place && some >= tile.blocks * LANES;
@@ -209,6 +219,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
         if (direct) {
           tile.out = reinterpret_cast<float*>(call.out) + place.out + channel;
           tile.out_step = place.out_step;
+          if (i + 1 < count) fetch_results(call, places[i + 1], channel, tile.blocks * LANES);
         } else {
           tile.totals = totals.get() + row * COLUMNS;
           for (int64_t m = 0; m < place.count; ++m)
@@ -278,6 +289,22 @@ int64_t samples_at_once(const BinaryArguments& a, int64_t sample_bytes) {
   return (a.geometry.batch + lots - 1) / lots;
 }
 
+// Where each result reads one pixel, the next line is as good a neighbour as any: all pixels are one line, as far as their
+// results lie at equal distances, and are cut into fewer tiles.
+Geometry flattened(Geometry g, const int64_t (&steps)[4]) {
+  for (int d = 0; d < 3; ++d)
+    if (g.kernel[d] > 1 || g.stride[d] > 1 || g.in[d] != g.out[d]) return g;
+  for (int d = 1; d >= 0; --d) {
+    if (g.out[d] > 1 && steps[d + 1] != g.out[2] * steps[3]) return g;
+    g.in[2] = g.out[2] *= g.out[d];
+    g.in[d] = g.out[d] = 1;
+  }
+  if (steps[0] != g.out[2] * steps[3]) return g;
+  g.in[2] = g.out[2] *= g.batch;
+  g.batch = 1;
+  return g;
+}
+
 // For a pixel or two it does not pay to make panels of the weight.
 const lookup::Lookup* lookup_for(const Geometry& g) {
   constexpr int64_t FEWEST = 6;
@@ -307,7 +334,7 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
   const std::unique_ptr<float[]> factor(new float[g.out_channels]);
   for (int64_t o = 0; o < g.out_channels; ++o) factor[o] = channel_scale[o] * *scale;
 
-  const int64_t* s = a->out_strides;
+  const int64_t *s = a->out_strides, steps[4] = {s[0], s[2], s[3], s[4]};
   const int64_t sample = a->x_strides[0] * (x_dtype == FLOAT32 ? 4 : 2), element = dtype == FLOAT32 ? 4 : 2;
   const int64_t lot = samples_at_once(*a, std::max<int64_t>(1, sample));
   std::vector<Box> all;
@@ -316,13 +343,14 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
     const uint8_t* from = static_cast<const uint8_t*>(x) + first * sample;
     const Image image = a->codes ? Image(g, from, threads) : Image(g, from, x_dtype, a->x_strides, 1 / *scale, threads);
     if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
-    if (first == 0 || g.batch != lot) all = boxes(g, s[1] == 1);
     const lookup::Lookup* const lookup = lookup_for(g);
     const Entries entries(g, image.words(), lookup, threads);
+    const Geometry flat = flattened(g, steps);
+    if (first == 0 || g.batch != lot) all = boxes(flat, s[1] == 1);
     const int64_t next = std::min(lot, a->geometry.batch - first - g.batch);
     uint8_t* const to = static_cast<uint8_t*>(out) + first * s[0] * element;
-    multiply_all({g, all, image.words(), lookup, entries.get(), weights, factor.get(), bias, to, dtype, s[1], {s[0], s[2], s[3], s[4]},
-                  from + g.batch * sample, a->codes ? 0 : next * sample},
+    multiply_all({flat, all, image.words(), lookup, entries.get(), weights, factor.get(), bias, to, dtype, s[1],
+                  {s[0], s[2], s[3], s[4]}, from + g.batch * sample, a->codes ? 0 : next * sample},
                  threads);
   }
 }

@@ -44,7 +44,7 @@ Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strid
   int64_t channels = g.in_channels / g.groups, groups = g.groups;
   const int64_t pixels = g.batch * g.in_pixels(), pitch = groups * words_of(channels);
   const int64_t element = dtype == FLOAT32 ? 4 : 2;
-  own_.reset(new uint32_t[pixels * pitch]);
+  own_ = new_buffer<uint32_t>(pixels * pitch);
   words_ = own_.get();
   const int64_t sizes[4] = {g.batch, g.in[0], g.in[1], g.in[2]};
   const int64_t steps[4] = {strides[0], strides[2], strides[3], strides[4]};
@@ -88,7 +88,7 @@ Image::Image(const Geometry& g, const uint8_t* codes, int threads) {
     return;
   }
   const int64_t runs = g.batch * g.in_pixels() * g.groups, bytes = (runs * channels + 7) / 8;
-  own_.reset(new uint32_t[runs * words]);
+  own_ = new_buffer<uint32_t>(runs * words);
   words_ = own_.get();
   parallel_for(runs, std::max<int64_t>(1, GRAIN / channels), threads, [&](int64_t first, int64_t last) {
     uint32_t* to = own_.get() + first * words;

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 #include "binary/binary.h"
 #include "lookup/lookup.h"
@@ -34,7 +33,7 @@ class Image {
   bool odd() const { return odd_; }  // whether a float was not finite
 
  private:
-  std::unique_ptr<uint32_t[]> own_;
+  Buffer<uint32_t> own_;
   const uint32_t* words_ = nullptr;
   bool odd_ = false;
 };
