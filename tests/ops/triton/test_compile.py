@@ -27,7 +27,8 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles(launches: list[dict[str, Any]]) -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in Path(triton.__file__).parent.glob("*.py"))
+    stems = ("bits", "activation", "gradient", "update")
+    source = "".join(Path(triton.__file__).with_name(f"{stem}.py").read_text(encoding="utf-8") for stem in stems)
     launched = re.findall(r"\b_?(\w+)\[_?grid\b.*?\]\(", source, flags=re.MULTILINE)
     assert set(launched) == {launch["kernel"] for launch in launches}, "compile_kernels.py must call each"
 
