@@ -15,7 +15,7 @@
 
 namespace bitorch_engine {
 
-const Kernel<SplitFunction> split_kernel{"qconv.split", {split_scalar, nullptr, nullptr, BE_X86(split_avx512)}};
+const Kernel<SplitFunction> split_kernel{"qconv.split", {split_scalar, nullptr, BE_X86(split_avx2), BE_X86(split_avx512)}};
 
 namespace {
 

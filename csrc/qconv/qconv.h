@@ -65,6 +65,7 @@ BE_QCONV(avx512)
 #undef BE_QCONV
 void multiply_amx(const Tile& tile);
 void split_scalar(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
+void split_avx2(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
 void split_avx512(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
 
 extern const Kernel<MultiplyFunction> multiply_kernel;

@@ -5,6 +5,7 @@
 #include "bits/bits.h"
 #include "qconv/product.h"
 #include "qconv/qconv.h"
+#include "runtime/transpose.h"
 
 namespace bitorch_engine {
 namespace {
@@ -265,6 +266,26 @@ void finish_avx2(const int32_t* totals, int64_t count, int64_t channels, const E
   void* places[ROWS];
   for (int64_t i = 0; i < count; ++i) places[i] = static_cast<uint8_t*>(out[i]) + whole * channel_stride * element;
   finish_scalar(totals + whole, count, channels - whole, rest, places, channel_stride);
+}
+
+// Rows of up to 16 taps, 16 channels at a time. Each is read as 16 bytes, so that the last ones need a copy.
+void split_avx2(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out) {
+  if (taps > 16 || channels < 16) return split_scalar(rows, count, channels, taps, out);
+  const uint8_t* end = rows + count * channels * taps;
+  uint8_t last[16 * 16 + 16] = {};
+  for (int64_t row = 0; row < count; ++row, rows += channels * taps, out += channels * taps) {
+    int64_t c = 0;
+    for (; c + 16 <= channels; c += 16) {
+      const uint8_t* from = rows + c * taps;
+      if (end - from < 15 * taps + 16) {
+        std::memcpy(last, from, 16 * taps);
+        from = last;
+      }
+      transpose_16_bytes(from, taps, out + c, channels, static_cast<int>(taps));
+    }
+    for (; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) out[t * channels + c] = rows[c * taps + t];
+  }
 }
 
 }  // namespace bitorch_engine

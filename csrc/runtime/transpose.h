@@ -10,8 +10,9 @@
 namespace bitorch_engine {
 
 #if defined(__SSE2__)
-// 16 rows of 16 bytes: four rounds, each of which interleaves row i with row i + 8.
-static inline void transpose_16_bytes(const uint8_t* from, int64_t stride, uint8_t* to, int64_t pitch) {
+// 16 rows of 16 bytes, of which the first `columns` columns are stored: four rounds, each of which interleaves row i with
+// row i + 8.
+static inline void transpose_16_bytes(const uint8_t* from, int64_t stride, uint8_t* to, int64_t pitch, int columns = 16) {
   __m128i r[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride));
@@ -26,7 +27,8 @@ static inline void transpose_16_bytes(const uint8_t* from, int64_t stride, uint8
     for (int i = 0; i < 16; ++i) r[i] = t[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * pitch), r[i]);
+  for (int i = 0; i < 16; ++i)
+    if (i < columns) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * pitch), r[i]);
 }
 #endif
 
