@@ -6,9 +6,10 @@
 //   plain         gradient's channels   activation's channels
 //   transposed    activation's          gradient's
 //
-// Both are bytes with a zero point; A = row (unsigned) and B = column - 128 (signed) go through the engine's kernel:
+// Both are bytes with a zero point; A = row (unsigned) and B = column - center (signed) go through the engine's kernel,
+// where center is the middle of what a column's bytes can be:
 //
-//     total = sum A B - zero_row * sum B + (128 - zero_column) * (sum A - zero_row * pixels)
+//     total = sum A B - zero_row * sum B + (center - zero_column) * (sum A - zero_row * pixels)
 #include "grad_weight/grad_weight.h"
 
 #include <algorithm>
@@ -21,6 +22,7 @@
 #include "qconv/qconv.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/transpose.h"
 
 namespace bitorch_engine {
 
@@ -30,7 +32,8 @@ const Kernel<InterleaveFunction> interleave_kernel{
 
 namespace {
 
-constexpr int64_t ROW_BYTES = 1 << 21;  // of rows that are multiplied together: they should stay near
+// Rows that are multiplied together should stay near: processors without AVX-512 have smaller caches.
+int64_t row_bytes() { return current_isa() < AVX512 ? 1 << 17 : 1 << 21; }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -45,25 +48,28 @@ void locate(const Product& p, int64_t first, int64_t n, int64_t* bases) {
   }
 }
 
-// Pixels x channels bytes to channels x pixels; `flip` is added to each byte without sign: 128 for signed ones.
-void transpose(const uint8_t* from, int64_t pixels, int64_t stride, int64_t channels, uint8_t flip, uint8_t* to,
-               int64_t pitch, int64_t* sums) {
-  for (int64_t c0 = 0; c0 < channels; c0 += 64) {
-    const int64_t some = std::min<int64_t>(64, channels - c0);
-    for (int64_t p0 = 0; p0 < pixels; p0 += 64) {
-      const int64_t few = std::min<int64_t>(64, pixels - p0);
-      for (int64_t c = 0; c < some; ++c) {
-        const uint8_t* column = from + p0 * stride + c0 + c;
-        uint8_t* row = to + (c0 + c) * pitch + p0;
-        int32_t sum = 0;
-        for (int64_t p = 0; p < few; ++p) {
-          row[p] = column[p * stride] ^ flip;
-          sum += row[p];
-        }
-        sums[c0 + c] += sum;
-      }
+// Pixels x channels bytes to channels x pixels, and the sum of each row; `flip` is added to each byte without sign: 128 for
+// signed ones.
+void turn(const uint8_t* from, int64_t pixels, int64_t stride, int64_t channels, uint8_t flip, uint8_t* to, int64_t pitch,
+          int64_t* sums) {
+  transpose_bytes(from, pixels, channels, stride, to, pitch);
+  for (int64_t c = 0; c < channels; ++c) {
+    uint8_t* row = to + c * pitch;
+    int32_t sum = 0;
+    for (int64_t p = 0; p < pixels; ++p) {
+      row[p] ^= flip;
+      sum += row[p];
     }
+    sums[c] = sum;
   }
+}
+
+// One row of the gradient, from (taps, channels) to (channels, taps), times one factor a channel or one for all.
+template <class Value>
+void finish_row(const Value* from, int64_t taps, int64_t channels, const float* scale, int64_t scale_step, float* out) {
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t b = 0; b < channels; ++b)
+      out[b * taps + t] = static_cast<float>(from[t * channels + b]) * scale[b * scale_step];
 }
 
 }  // namespace
@@ -81,8 +87,9 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
   const int64_t no_steps[3] = {};
   const Image image(p, rows_are_gradient ? SourceKind::CODES : SourceKind::GRADIENT, columns, FLOAT32, 0, 0, no_steps,
                     bits, 1.0f, low, threads);
-  const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low);
+  const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low), activation_most = bits == 1 ? 2 : (1 << bits) - 1;
   const int64_t row_zero = rows_are_gradient ? 128 : activation_zero, column_zero = image.zero();
+  const int64_t row_most = rows_are_gradient ? 255 : activation_most, center = (image.largest() + 1) / 2;
   const int64_t row_channels = p.result_channels, column_channels = p.image_channels, taps = p.taps;
   const int64_t all_rows = p.groups * row_channels, pixels = p.batch * p.result_pixels();
   const Phase& phase = p.phases[0];
@@ -91,14 +98,17 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
     const int64_t* shift = phase.taps[t].shift;
     offsets[t] = ((shift[0] * p.padded[1] + shift[1]) * p.padded[2] + shift[2]) * p.pixel_bytes();
   }
-  // At most 2**15 pixels, for which 255 * 128 each fit 32 bits twice.
-  const int64_t most = std::min<int64_t>(1 << 14, round_up(std::max<int64_t>(1024, ROW_BYTES / all_rows), 64));
+  // At most 2**14 pixels: three sums of as many times 255 * 128 fit 32 bits.
+  const int64_t most = std::min<int64_t>(1 << 14, round_up(std::max<int64_t>(1024, row_bytes() / all_rows), 64));
   const int64_t chunk = std::min(most, round_up(pixels, 64)), strips = (column_channels + LANES - 1) / LANES;
+  const int64_t pitch = chunk + 64;  // not a power of two, at which all rows would share one set of the cache
   const bool once = pixels <= chunk;
-  const int64_t weights = all_rows * column_channels * taps;
-  const Buffer<int64_t> exact = new_buffer<int64_t>(once ? 0 : weights);
-  if (!once) std::memset(exact.get(), 0, weights * sizeof(int64_t));
-  const Buffer<uint8_t> turned = new_buffer<uint8_t>(all_rows * chunk);
+  // Totals, (row, tap, column): in 32 bits where one chunk is all.
+  const int64_t row_totals = taps * column_channels, weights = all_rows * row_totals;
+  const Buffer<int32_t> small = new_buffer<int32_t>(once ? weights : 0);
+  const Buffer<int64_t> large = new_buffer<int64_t>(once ? 0 : weights);
+  if (!once) std::memset(large.get(), 0, weights * sizeof(int64_t));
+  const Buffer<uint8_t> turned = new_buffer<uint8_t>(all_rows * pitch);
   const Buffer<int64_t> row_sums = new_buffer<int64_t>(all_rows), bases = new_buffer<int64_t>(chunk);
   const auto interleave = interleave_kernel.pick();
   const auto multiply = multiply_kernel.pick();
@@ -108,10 +118,9 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
     locate(p, first, count, bases.get());
     for (int64_t i = count; i < depth; ++i) bases[i] = bases[count - 1];
     parallel_for(all_rows, 64, threads, [&](int64_t from, int64_t to) {
-      std::memset(row_sums.get() + from, 0, (to - from) * sizeof(int64_t));
-      transpose(rows + first * all_rows + from, count, all_rows, to - from, rows_are_gradient ? 0x80 : 0,
-                turned.get() + from * chunk, chunk, row_sums.get() + from);
-      for (int64_t r = from; r < to; ++r) std::memset(turned.get() + r * chunk + count, 0, depth - count);
+      turn(rows + first * all_rows + from, count, all_rows, to - from, rows_are_gradient ? 0x80 : 0,
+           turned.get() + from * pitch, pitch, row_sums.get() + from);
+      for (int64_t r = from; r < to; ++r) std::memset(turned.get() + r * pitch + count, 0, depth - count);
     });
     parallel_for(p.groups * taps * strips, 1, threads, [&](int64_t from, int64_t to) {
       const Buffer<int8_t> panel = new_buffer<int8_t>(LANES * depth);
@@ -124,36 +133,38 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
         const int64_t columns_here = std::min(LANES, column_channels - strip * LANES);
         const uint8_t* start = image.bytes() + group * p.image_depth + strip * LANES + offsets[tap];
         int32_t column_sums[LANES] = {};
-        interleave(start, bases.get(), depth / 4, columns_here, panel.get(), 16 * depth, column_sums);
+        interleave(start, bases.get(), depth / 4, columns_here, static_cast<int>(center), panel.get(), 16 * depth,
+                   column_sums);
         for (int64_t i = count; i < depth; ++i)  // what fills up the last step of 64 is not summed
-          for (int64_t b = 0; b < columns_here; ++b) column_sums[b] -= static_cast<int32_t>(start[bases[i] + b]) - 128;
+          for (int64_t b = 0; b < columns_here; ++b) column_sums[b] -= start[bases[i] + b] - static_cast<int32_t>(center);
+        for (int32_t& sum : column_sums) sum *= static_cast<int32_t>(row_zero);
         for (int64_t r0 = 0; r0 < row_channels; r0 += ROWS) {
           const int64_t here = std::min(ROWS, row_channels - r0);
           int64_t run_count = 0;
-          for (int64_t r = 0; r < here; ++r) at[r] = turned.get() + (group * row_channels + r0 + r) * chunk;
+          for (int64_t r = 0; r < here; ++r) at[r] = turned.get() + (group * row_channels + r0 + r) * pitch;
           for (int64_t r = 0; r < here; r += 16) runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
           multiply({at, here, &no_offset, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
-                    run_count, 0});
+                    run_count, 32767 / (2 * row_most * center)});
           for (int64_t r = 0; r < here; ++r) {
             const int64_t row = group * row_channels + r0 + r;
-            const int64_t of_row = (128 - column_zero) * (row_sums[row] - row_zero * count);
-            const int64_t place = (row * column_channels + strip * LANES) * taps + tap;
-            for (int64_t b = 0; b < columns_here; ++b) {
-              const int64_t total = totals[r * COLUMNS + b] - row_zero * column_sums[b] + of_row;
-              const int64_t gradient = rows_are_gradient ? row : group * column_channels + strip * LANES + b;
-              if (once) out[place + b * taps] = static_cast<float>(total) * scale[gradient];
-              else exact[place + b * taps] += total;
-            }
+            const int32_t of_row = static_cast<int32_t>((center - column_zero) * (row_sums[row] - row_zero * count));
+            const int64_t place = row * row_totals + tap * column_channels + strip * LANES;
+            const int32_t* of_columns = totals + r * COLUMNS;
+            if (once)
+              for (int64_t b = 0; b < columns_here; ++b) small[place + b] = of_columns[b] - column_sums[b] + of_row;
+            else
+              for (int64_t b = 0; b < columns_here; ++b) large[place + b] += of_columns[b] - column_sums[b] + of_row;
           }
         }
       }
     });
   }
-  if (once) return;
-  for (int64_t row = 0; row < all_rows; ++row)
-    for (int64_t b = 0; b < column_channels; ++b) {
-      const int64_t gradient = rows_are_gradient ? row : row / row_channels * column_channels + b;
-      const int64_t place = (row * column_channels + b) * taps;
-      for (int64_t t = 0; t < taps; ++t) out[place + t] = static_cast<float>(exact[place + t]) * scale[gradient];
+  parallel_for(all_rows, 1 + (1 << 14) / row_totals, threads, [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      const float* factor = scale + (rows_are_gradient ? row : row / row_channels * column_channels);
+      float* place = out + row * row_totals;
+      if (once) finish_row(small.get() + row * row_totals, taps, column_channels, factor, !rows_are_gradient, place);
+      else finish_row(large.get() + row * row_totals, taps, column_channels, factor, !rows_are_gradient, place);
     }
+  });
 }

@@ -2,9 +2,9 @@
 
 namespace bitorch_engine {
 
-void interleave_avx2(const uint8_t* image, const int64_t* bases, int64_t quads, int64_t channels, int8_t* out,
-                 int64_t block_bytes, int32_t* sums) {
-  interleave(image, bases, quads, channels, out, block_bytes, sums);
+void interleave_avx2(const uint8_t* image, const int64_t* bases, int64_t quads, int64_t channels, int center,
+                     int8_t* out, int64_t block_bytes, int32_t* sums) {
+  interleave(image, bases, quads, channels, center, out, block_bytes, sums);
 }
 
 }  // namespace bitorch_engine

@@ -12,7 +12,8 @@ void check_grad_weight(Agreement& agreement) {
     for (int64_t& base : bases) base = random.between(0, 2000 - channels);
     std::vector<int8_t> out((channels + 15) / 16 * block_bytes);
     std::vector<int32_t> sums(LANES, 7);
-    interleave(image.data(), bases.data(), quads, channels, out.data(), block_bytes, sums.data());
+    const int center = static_cast<int>(random.between(1, 128));
+    interleave(image.data(), bases.data(), quads, channels, center, out.data(), block_bytes, sums.data());
     return Written().add(out).add(sums);
   });
 }
