@@ -312,10 +312,32 @@ static inline float mean_square_here(const void* grad, int bf16, float factor, i
   return scratch[0] * static_cast<float>(1.0 / static_cast<double>(count));
 }
 
+// Sizes of floats are in the order of their bits, NaN above all. Four runs at a time: a processor fetches several streams
+// faster than one.
+template <class S>
 static inline bool within_here(const float* values, int64_t count, float limit) {
-  uint32_t beyond = 0;
-  for (int64_t i = 0; i < count; ++i) beyond |= !(values[i] < limit && values[i] > -limit);
-  return beyond == 0;
+  constexpr int runs = 4, step = 2 * S::width;
+  const auto bits = [=](int64_t i) { return S::and_(S::as_int(S::load(values + i)), S::ints(INT32_MAX)); };
+  const int64_t run = count / (runs * step) * step;
+  typename S::I largest[runs];
+#pragma GCC unroll 4
+  for (int r = 0; r < runs; ++r) largest[r] = S::ints(0);
+  for (int64_t i = 0; i < run; i += step) {
+#pragma GCC unroll 4
+    for (int r = 0; r < runs; ++r) {
+      largest[r] = S::max(largest[r], S::max(bits(r * run + i), bits(r * run + i + S::width)));
+    }
+  }
+  int32_t bound, size, lanes[S::width];
+  std::memcpy(&bound, &limit, sizeof bound);
+  bool within = true;
+  S::store_int(lanes, S::max(S::max(largest[0], largest[1]), S::max(largest[2], largest[3])));
+  for (int lane = 0; lane < S::width; ++lane) within &= lanes[lane] < bound;
+  for (int64_t i = runs * run; i < count; ++i) {
+    std::memcpy(&size, values + i, sizeof size);
+    within &= (size & INT32_MAX) < bound;
+  }
+  return within;
 }
 
 }  // namespace

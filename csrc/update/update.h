@@ -57,7 +57,7 @@ float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, 
 float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch);
 float mean_square_neon(const void* grad, int bf16, float factor, int64_t count, float* scratch);
 
-// Whether all elements lie between -limit and limit; false for NaN.
+// Whether all elements lie between -limit and limit, a number; false for NaN.
 using WithinFunction = bool (*)(const float* values, int64_t count, float limit);
 
 bool within_scalar(const float* values, int64_t count, float limit);

@@ -182,6 +182,6 @@ float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count
   return mean_square_here(grad, bf16, factor, count, scratch);
 }
 
-bool within_avx512(const float* values, int64_t count, float limit) { return within_here(values, count, limit); }
+bool within_avx512(const float* values, int64_t count, float limit) { return within_here<Avx512>(values, count, limit); }
 
 }  // namespace bitorch_engine
