@@ -107,19 +107,41 @@ class LowBitLayer(nn.Module):
 
     def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
         """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
-        scale = low = None
-        if self.activation is not None:
-            self.activation.prepare_(x)
-            scale, low = self.activation.scale, self.activation.low.to(torch.float32)  # a cast layer casts its buffers
-        x, weight = in_autocast_dtype(x), self.weight
+        # Module.__getattr__ takes as long as a small kernel.
+        activation: Any = self._modules.get("activation")
+        packed = self._parameters.get("weight")
+        if activation is not None:
+            activation.prepare_(x)
+            x = in_autocast_dtype(x)
+            if isinstance(packed, PackedParameter) and not torch.is_grad_enabled():
+                return self._infer(x, packed, activation, geometry)
+            scale, low = activation.scale, activation.low.to(torch.float32)  # a cast layer casts its buffers
+        else:
+            x, scale, low = in_autocast_dtype(x), None, None
+        weight = self.weight
         bias: Tensor | None = self.bias  # type: ignore[assignment]
-        if scale is not None and isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
-            fields = (weight.packed, weight.channel_scale, self.w_bit, bias, weight.shape, *geometry)
-            return ops.conv(x, scale, low, self.a_bit, *fields)
         y = QuantizedConvolution.apply(x, weight, scale, low, geometry, self.a_bit, self.g_bit)
         if bias is not None:
             y = y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
         return y
+
+    def _infer(
+        self, x: Tensor, weight: PackedParameter, activation: ActivationQuantizer, geometry: ops.Convolution
+    ) -> Tensor:
+        """``multiply`` where no gradient is recorded."""
+        if x.is_cpu and ops.unobserved():
+            scale, low = activation.constants()
+        else:
+            scale, low = activation.scale, activation.low.to(torch.float32)
+        fields = (
+            weight.packed,
+            weight.channel_scale,
+            self.w_bit,
+            self._parameters.get("bias"),
+            weight.shape,
+            *geometry,
+        )
+        return ops.conv(x, scale, low, self.a_bit, *fields)
 
     def extra_repr(self) -> str:
         bits = f", w_bit={self.w_bit}"
@@ -160,8 +182,8 @@ def transposed_groups(layer: nn.Module) -> int:
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """The input in the dtype that torch.autocast asks for, where it is on."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    device = "cpu" if x.is_cpu else x.device.type
+    if (x.is_cpu or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -1,6 +1,7 @@
 """What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
 from bitorch_engine.ops import cpu, triton
+from bitorch_engine.ops.library import unobserved
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.layout import is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
@@ -54,6 +55,7 @@ __all__ = [
     "store_levels_",
     "tree_sum",
     "uniform24",
+    "unobserved",
     "unpack",
     "update_",
 ]

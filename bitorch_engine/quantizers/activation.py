@@ -33,11 +33,26 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("initial_scale", torch.zeros((), device=device))
         self.register_buffer("low", torch.zeros((), device=device))
         self._ready = False
+        self._constants: tuple[tuple[float, ...], Tensor, Tensor] | None = None
 
     @property
     def scale(self) -> Tensor:
         """What one code is worth: 0-dim float32, differentiable."""
         return self.initial_scale.to(torch.float32) * self.log_gain.to(torch.float32).exp()
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """(scale, low), both float32, as numbers that no gradient reaches: made once, as long as what they are made of
+        stays. It reads values, on the CPU; a version would miss writes through ``.data``."""
+        log_gain: Tensor = self._parameters["log_gain"]  # type: ignore[assignment]
+        initial_scale: Tensor = self._buffers["initial_scale"]  # type: ignore[assignment]
+        low: Tensor = self._buffers["low"]  # type: ignore[assignment]
+        values = (log_gain.item(), initial_scale.item(), low.item())
+        kept = self._constants
+        if kept is None or kept[0] != values:
+            with torch.no_grad():
+                kept = values, self.scale, low.to(torch.float32, copy=True)
+            self._constants = kept
+        return kept[1], kept[2]
 
     def reset_parameters(self) -> None:
         """Forget scale and range: the next batch sets them."""
@@ -67,6 +82,9 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_constants": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

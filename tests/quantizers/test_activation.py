@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -221,3 +222,42 @@ class TestQuantizer:
     def test_other_widths_are_refused(self, bits: int) -> None:
         with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
             ActivationQuantizer(bits)
+
+
+def test_constants_follow_every_kind_of_write() -> None:
+    quantizer = ActivationQuantizer(8)
+    quantizer.prepare_(torch.randn(100))
+
+    def agrees(of: ActivationQuantizer) -> bool:
+        scale, low = of.constants()
+        with torch.no_grad():
+            return torch.equal(scale, of.scale) and torch.equal(low, of.low.to(torch.float32))
+
+    assert agrees(quantizer)
+    assert quantizer.constants()[0] is quantizer.constants()[0]
+    before = quantizer.constants()[0].clone()
+    quantizer.log_gain.data.fill_(0.5)  # counts no version
+    assert agrees(quantizer)
+    assert not torch.equal(quantizer.constants()[0], before)
+    copied = copy.deepcopy(quantizer)
+    copied.initial_scale.data.mul_(3)
+    assert agrees(copied)
+    assert agrees(quantizer)
+    quantizer.load_state_dict(copied.state_dict())
+    assert torch.equal(quantizer.constants()[0], copied.constants()[0])
+    with torch.inference_mode():
+        quantizer.low.add_(1)
+        assert agrees(quantizer)
+    assert agrees(quantizer.to(torch.bfloat16))
+    quantizer.reset_parameters()
+    quantizer.prepare_(torch.rand(100))
+    assert agrees(quantizer)
+
+
+def test_constants_are_not_pickled_and_reach_no_gradient() -> None:
+    quantizer = ActivationQuantizer(4)
+    quantizer.prepare_(torch.randn(100))
+    scale, low = quantizer.constants()
+    assert not scale.requires_grad
+    assert low.data_ptr() != quantizer.low.data_ptr()
+    assert pickle.loads(pickle.dumps(quantizer))._constants is None

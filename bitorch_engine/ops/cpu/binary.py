@@ -96,7 +96,8 @@ class _Problem:
         keep: bool,
     ) -> Tensor:
         weights = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
-        bias = None if bias is None else bias.to(torch.float32)
+        if bias is not None and bias.dtype is not torch.float32:
+            bias = bias.to(torch.float32)
         y = torch.empty_strided(self.out, self.strides, dtype=dtype)
         _conv(
             self.address,

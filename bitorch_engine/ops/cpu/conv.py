@@ -137,10 +137,15 @@ def _problem(
     w_bit: int,
     x_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    channels_last: bool,
+    channels_last: bool | None,
     thread_count: int,
 ) -> tuple[_Problem, tuple[int, ...], tuple[int, ...]] | None:
-    """(problem, shape of the result, its strides), or None for what the kernel does not have."""
+    """(problem, shape of the result, its strides), or None for what the kernel does not have.
+
+    channels_last: of the result; None: as x.
+    """
+    if channels_last is None:
+        channels_last = is_channels_last(torch.empty_strided(shape, x_strides, device="meta"))
     convolution = Convolution(*fields)
     out = tuple(convolution.output_shape(shape, weight_shape))
     taps = math.prod(weight_shape[2:])
@@ -188,11 +193,11 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
-    if binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
+    if a_bit == 1 and binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
         return binary.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     found = _problem(
         _FLOATS,
-        tuple(x.shape),
+        x.shape,
         tuple(weight_shape),
         hashable(fields),
         x.stride(),
@@ -200,14 +205,15 @@ def conv(
         w_bit,
         x.dtype,
         x.dtype,
-        is_channels_last(x),
+        None,
         threads(),
     )
     if found is None or not _read_as_float32(scale, low, channel_scale):
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     problem, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype)
-    bias = bias if bias is None else bias.to(torch.float32)
+    if bias is not None and bias.dtype is not torch.float32:
+        bias = bias.to(torch.float32)
     return problem.run(x, packed, channel_scale, y, scale, low, bias=bias, keep=True)
 
 

@@ -97,5 +97,7 @@ def is_narrow(g: Geometry, scatter: bool) -> bool:
 
 
 def hashable(fields: Sequence[Any]) -> tuple[Any, ...]:
-    """Arguments of an op, lists of integers among them, as a key."""
+    """Arguments of an op as a key. Through torch's dispatcher tuples arrive as lists."""
+    if fields and type(fields[0]) is tuple and type(fields) is tuple:
+        return fields
     return tuple([tuple(field) if isinstance(field, list) else field for field in fields])

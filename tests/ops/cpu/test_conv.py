@@ -344,14 +344,17 @@ def test_weights_that_change_are_arranged_anew() -> None:
 def test_the_ops_are_registered_as_torch_wants(name: str) -> None:
     o = operands(CASES[name])
     x = torch.randn(o.case.shape)
-    torch.library.opcheck(ops.conv, (x, o.scale, o.low, 8, o.packed, o.channel_scale, o.w_bit, None, *o.geometry))
+    torch.library.opcheck(
+        torch.ops.bitorch_engine.conv.default,
+        (x, o.scale, o.low, 8, o.packed, o.channel_scale, o.w_bit, None, *o.geometry),
+    )
     head = (o.packed_codes(), list(x.shape), o.scale, o.low, torch.zeros(()), 8, o.packed, o.channel_scale, o.w_bit)
-    torch.library.opcheck(ops.conv_codes, (*head, *o.geometry, torch.bfloat16, True))
+    torch.library.opcheck(torch.ops.bitorch_engine.conv_codes.default, (*head, *o.geometry, torch.bfloat16, True))
     out = o.expected()
     codes = torch.zeros(out.shape[0], *out.shape[2:], out.shape[1], dtype=torch.int8)
     scale = torch.ones(out.shape[0], *[1] * (out.dim() - 1))
     tail = (list(x.shape), *o.geometry, torch.float32, False)
-    torch.library.opcheck(ops.conv_grad_input, (codes, scale, o.packed, o.w_bit, *tail))
+    torch.library.opcheck(torch.ops.bitorch_engine.conv_grad_input.default, (codes, scale, o.packed, o.w_bit, *tail))
 
 
 @st.composite

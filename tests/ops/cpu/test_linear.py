@@ -43,7 +43,7 @@ def test_linear(
 def test_opcheck_and_wrong_groups() -> None:
     packed, scale, _ = _weight(6, 16, 3, 2)
     x = torch.randn(2, 3, 16)
-    torch.library.opcheck(ops.linear_weight_only, (x, packed, scale, 3, None, 16, 8))
+    torch.library.opcheck(torch.ops.bitorch_engine.linear_weight_only.default, (x, packed, scale, 3, None, 16, 8))
     with pytest.raises(ValueError, match="group_size"):
         ops.linear_weight_only(x, packed, scale, 3, None, 16, 5)
 

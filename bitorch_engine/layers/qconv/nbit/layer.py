@@ -22,39 +22,38 @@ class nBitConv(LowBitLayer, nn.modules.conv._ConvNd):
     parameter_class: ClassVar[type[PackedParameter]] = nBitConvParameter
 
     def _convolve(
-        self, x: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] = (), pad: tuple[int, ...] = ()
+        self, x: Tensor, padding: tuple[int, ...], pad: tuple[int, ...] = (), output_padding: tuple[int, ...] = ()
     ) -> Tensor:
         """Quantize, convolve, add the bias. padding: zeros on both sides; pad: where the sides differ, as F.pad's."""
-        spatial = len(self.kernel_size)
-        if x.dim() not in (spatial + 1, spatial + 2):
+        spatial, shape = len(self.kernel_size), x.shape
+        if not 1 <= len(shape) - spatial <= 2:
             raise ValueError(
                 f"the input must have {spatial + 1} (unbatched) or {spatial + 2} dimensions, got {tuple(x.shape)}."
             )
-        if x.shape[-spatial - 1] != self.in_channels:
+        if shape[-spatial - 1] != self.in_channels:
             raise ValueError(f"the input must have in_channels (={self.in_channels}) channels, got {tuple(x.shape)}.")
-        batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
         geometry = ops.Convolution(
             self.stride, padding, self.dilation, self.transposed, output_padding or (0,) * spatial, self.groups, pad
         )
-        y = self.multiply(batched, geometry)
-        return y if x.dim() == spatial + 2 else y.squeeze(0)
+        if len(shape) == spatial + 2:
+            return self.multiply(x, geometry)
+        return self.multiply(x.unsqueeze(0), geometry).squeeze(0)
 
 
 class _Forward(nBitConv):
     """Forward of the three convolutions that are not transposed."""
 
     def forward(self, input: Tensor) -> Tensor:
-        spatial = len(self.kernel_size)
         if self.a_bit is None and self.g_bit is None:
             # torch's own operator: autograd saves the weight as it is, packed.
             return self._conv_forward(input, self.weight, self.bias)
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
-        left, right = tuple(padding[-2::-2]), tuple(padding[::-2])
         if self.padding_mode != "zeros":
-            return self._convolve(F.pad(input, padding, mode=self.padding_mode), (0,) * spatial)
-        if left == right:
-            return self._convolve(input, left)
-        return self._convolve(input, (0,) * spatial, pad=tuple(padding))
+            return self._convolve(F.pad(input, padding, mode=self.padding_mode), (0,) * len(self.kernel_size))
+        left = padding[-2::-2]
+        if left == padding[::-2]:
+            return self._convolve(input, tuple(left))
+        return self._convolve(input, (0,) * len(left), pad=tuple(padding))
 
 
 class _ForwardTransposed(nBitConv):
@@ -67,7 +66,7 @@ class _ForwardTransposed(nBitConv):
         output_padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
         )
-        return self._convolve(input, padding, tuple(output_padding))
+        return self._convolve(input, padding, output_padding=tuple(output_padding))
 
 
 class nBitConv1d(_Forward, nn.Conv1d):

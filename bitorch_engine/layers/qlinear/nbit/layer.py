@@ -39,9 +39,20 @@ class nBitLinear(LowBitLayer, nn.Linear):
                 f"{tuple(input.shape)}."
             )
         if self.a_bit is None and self.g_bit is None:
-            return WeightOnlyLinear.apply(in_autocast_dtype(input), self.weight, self.bias)
+            return self._multiply_float(in_autocast_dtype(input))
+        if input.dim() == 2:
+            return self.multiply(input, _GEOMETRY)
         rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
         return self.multiply(rows, _GEOMETRY).view(*input.shape[:-1], self.out_features)
+
+    def _multiply_float(self, x: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
+        if not isinstance(weight, PackedParameter) or torch.is_grad_enabled():
+            return WeightOnlyLinear.apply(x, self.weight, self.bias)
+        bias: Tensor | None = self._parameters.get("bias")
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        return ops.linear_weight_only(x, weight.packed, weight.channel_scale, self.w_bit, bias, self.in_features)
 
 
 class nBitLinearBase(WeightAccess, nBitLinear):
