@@ -3,10 +3,19 @@
 //
 //   Simd::F, Simd::I   vectors of `width` floats and of as many 32-bit integers
 //   load, store, broadcast and arithmetic by their usual names; root is the square root, nearest rounds to even
-//   load_bytes, load_halves: unsigned integers of 8 and 16 bits widened, load_signed_bytes: signed ones; from_half, to_half: float16 in the low 16 bits
 //   max_size: of a, which is not negative, and the size of b
-//   narrow_bytes, narrow_halves: 128 integers, clamped to 0 .. 255, and the low 16 bits of each
-//   narrow_signed: sign (bit 12) and x - base, 0 .. 127, of 128 integers, as bytes
+//
+// What lies in memory comes in fours of vectors, in an order that is the Simd's own: that of unpacking and packing within
+// 128 bits, where this is cheaper than the order of the elements.
+//
+//   lanes4             the place of each element among the 4 * width
+//   load4, store4      floats
+//   load_tops4, store_tops4      16 bits each, from and to the upper half of an integer
+//   load_halves4, store_halves4  float16
+//   load_codes4<cut, is_signed>  8 bits each, widened, times 2**cut
+//   store_signed4      sign (bit 12) and x - base, 0 .. 127, as bytes
+//   store_positive4    x - base, 0 .. 255, as bytes, but 1 at least where the integer of the value is above 0
+//   move_levels4       bytes plus 9-bit integers, clamped to 0 .. 255
 //   read_levels, write_levels: 128 levels from and to the two planes
 #pragma once
 
@@ -40,14 +49,13 @@ static inline typename S::I noise_below(typename S::I noise) {
 // A block on its way through a moment: apart from what is in registers, which an array beside it would keep from there.
 struct alignas(64) Held {
   float values[BLOCK];
-  int32_t codes[BLOCK];
   uint8_t* at;
   int32_t unit;
 };
 
-// A block of a moment: what holds for all of it is read at the start; load(i) and put(i, value, noise) take and give a
-// vector; settle() comes when all are put; encode(held, noises) writes what had to wait until then. It is called a block
-// later, when what settle found out has long arrived.
+// A block of a moment: what holds for all of it is read at the start; load4(i, values) and put4(i, values, noise) take and
+// give four vectors; settle() comes when all are put; encode(held, noises) writes what had to wait until then. It is called
+// a block later, when what settle found out has long arrived.
 template <class S, MomentKind kind, bool is_signed>
 struct Moment;
 
@@ -62,8 +70,8 @@ template <class S, bool is_signed>
 struct Moment<S, MOMENT_F32, is_signed> {
   float* at;
   Moment(void* block, Held*) : at(static_cast<float*>(block)) {}
-  typename S::F load(int i) const { return S::load(at + i); }
-  void put(int i, typename S::F value, typename S::I) { S::store(at + i, value); }
+  void load4(int i, typename S::F* values) const { S::load4(at + i, values); }
+  void put4(int i, const typename S::F* values, const typename S::I*) { S::store4(at + i, values); }
   void settle() {}
   static void encode(Held&, const int32_t*) {}
 };
@@ -71,34 +79,44 @@ struct Moment<S, MOMENT_F32, is_signed> {
 template <class S, bool is_signed>
 struct Moment<S, MOMENT_BF16, is_signed> {
   uint16_t* at;
-  int32_t* cut;
-  Moment(void* block, Held* held) : at(static_cast<uint16_t*>(block)), cut(held->codes) {}
-  typename S::F load(int i) const { return S::as_float(S::template left<16>(S::load_halves(at + i))); }
-  void put(int i, typename S::F value, typename S::I noise) {
-    const auto rounded = S::add(S::as_int(value), noise_below<S, 16, is_signed>(noise));
-    S::store_int(cut + i, S::template right<16>(rounded));
+  Moment(void* block, Held*) : at(static_cast<uint16_t*>(block)) {}
+  void load4(int i, typename S::F* values) const {
+    typename S::I bits[4];
+    S::load_tops4(at + i, bits);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) values[k] = S::as_float(bits[k]);
   }
-  void settle() { S::narrow_halves(cut, at); }
+  void put4(int i, const typename S::F* values, const typename S::I* noise) {
+    typename S::I bits[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) bits[k] = S::add(S::as_int(values[k]), noise_below<S, 16, is_signed>(noise[k]));
+    S::store_tops4(at + i, bits);
+  }
+  void settle() {}
   static void encode(Held&, const int32_t*) {}
 };
 
 template <class S, bool is_signed>
 struct Moment<S, MOMENT_F16, is_signed> {
   uint16_t* at;
-  int32_t* cut;
-  Moment(void* block, Held* held) : at(static_cast<uint16_t*>(block)), cut(held->codes) {}
-  typename S::F load(int i) const { return S::from_half(S::load_halves(at + i)); }
-  void put(int i, typename S::F value, typename S::I noise) {
-    const auto sign = S::and_(S::as_int(value), S::ints(INT32_MIN));
-    const auto size = S::as_float(S::xor_(S::as_int(value), sign));
-    // Below 2**-14, float16 is even: adding 2**-14 makes the cut bits those below its last one.
-    const auto shift = S::where_less(size, S::floats(0x1p-14f), S::floats(0x1p-14f));
-    const auto rounded = S::add(S::as_int(S::add(size, shift)), noise_below<S, 13, is_signed>(noise));
-    const auto even = S::as_float(S::and_(rounded, S::ints(~0x1FFF)));
-    const auto stored = S::min(S::sub(even, shift), S::floats(65504.0f));
-    S::store_int(cut + i, S::to_half(S::as_float(S::or_(S::as_int(stored), sign))));
+  Moment(void* block, Held*) : at(static_cast<uint16_t*>(block)) {}
+  void load4(int i, typename S::F* values) const { S::load_halves4(at + i, values); }
+  void put4(int i, const typename S::F* values, const typename S::I* noise) {
+    typename S::F stored[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const auto sign = S::and_(S::as_int(values[k]), S::ints(INT32_MIN));
+      const auto size = S::as_float(S::xor_(S::as_int(values[k]), sign));
+      // Below 2**-14, float16 is even: adding 2**-14 makes the cut bits those below its last one.
+      const auto shift = S::where_less(size, S::floats(0x1p-14f), S::floats(0x1p-14f));
+      const auto rounded = S::add(S::as_int(S::add(size, shift)), noise_below<S, 13, is_signed>(noise[k]));
+      const auto even = S::as_float(S::and_(rounded, S::ints(~0x1FFF)));
+      const auto most = S::min(S::sub(even, shift), S::floats(65504.0f));
+      stored[k] = S::as_float(S::or_(S::as_int(most), sign));
+    }
+    S::store_halves4(at + i, stored);
   }
-  void settle() { S::narrow_halves(cut, at); }
+  void settle() {}
   static void encode(Held&, const int32_t*) {}
 };
 
@@ -108,25 +126,34 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
   static constexpr int cut_bits = 19, doublings = is_signed ? 8 : 16;
   uint8_t* at;
   typename S::F unit, largest;
-  typename S::I unit_bits;
   Held* held;
   Moment(void* block, Held* held) : at(static_cast<uint8_t*>(block)), held(held) {
     float value;
     std::memcpy(&value, at + BLOCK, sizeof value);
     unit = S::floats(value);
-    unit_bits = S::as_int(unit);
     largest = S::floats(0);
   }
-  typename S::F load(int i) const {
-    const auto code = is_signed ? S::load_signed_bytes(at + i) : S::load_bytes(at + i);
-    const auto size = S::template left<cut_bits>(code);
-    if constexpr (!is_signed) return S::sub(S::as_float(S::add(size, unit_bits)), unit);
-    const auto value = S::sub(S::as_float(S::add(S::and_(size, S::ints(0x7F << cut_bits)), unit_bits)), unit);
-    return S::as_float(S::xor_(S::as_int(value), S::and_(code, S::ints(INT32_MIN))));
+  void load4(int i, typename S::F* values) const {
+    typename S::I codes[4];
+    S::template load_codes4<cut_bits, is_signed>(at + i, codes);
+    const auto unit_bits = S::as_int(unit);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (is_signed) {
+        const auto sized = S::add(S::and_(codes[k], S::ints(INT32_MIN | 0x7F << cut_bits)), unit_bits);
+        const auto base = S::or_(S::and_(codes[k], S::ints(INT32_MIN)), unit_bits);
+        values[k] = S::sub(S::as_float(sized), S::as_float(base));
+      } else {
+        values[k] = S::sub(S::as_float(S::add(codes[k], unit_bits)), unit);
+      }
+    }
   }
-  void put(int i, typename S::F value, typename S::I) {
-    S::store(held->values + i, value);
-    largest = is_signed ? S::max_size(largest, value) : S::max(largest, value);
+  void put4(int i, const typename S::F* values, const typename S::I*) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      S::store(held->values + i + k * S::width, values[k]);
+      largest = is_signed ? S::max_size(largest, values[k]) : S::max(largest, values[k]);
+    }
   }
   void settle() {
     const float top = S::largest(largest);
@@ -141,70 +168,85 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
   }
   static void encode(Held& held, const int32_t* noises) {
     const auto base = S::ints(held.unit);
-    for (int i = 0; i < BLOCK; i += S::width) {
-      const auto value = S::load(held.values + i);
-      const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(noises + i));
-      if constexpr (is_signed) {
-        const auto sign = S::and_(S::as_int(value), S::ints(INT32_MIN));
-        const auto sum = S::add(value, S::as_float(S::or_(sign, base)));
-        S::store_int(held.codes + i, S::template right<cut_bits>(S::add(S::as_int(sum), noise)));
-      } else {
-        const auto sum = S::as_int(S::add(value, S::as_float(base)));
-        const auto code = S::template right<cut_bits>(S::sub(S::add(sum, noise), base));
-        // What is positive stays positive.
-        S::store_int(held.codes + i, S::max(code, S::min(S::as_int(value), S::ints(1))));
+    typename S::I values[4], sums[4];
+    for (int i = 0; i < BLOCK; i += 4 * S::width) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const auto value = S::load(held.values + i + k * S::width);
+        const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(noises + i + k * S::width));
+        values[k] = S::as_int(value);
+        const auto unit = is_signed ? S::or_(S::and_(values[k], S::ints(INT32_MIN)), base) : base;
+        const auto sum = S::add(value, S::as_float(unit));
+        sums[k] = S::template right<cut_bits>(S::add(S::as_int(sum), noise));
       }
-    }
-    if constexpr (is_signed) {
-      S::narrow_signed(held.codes, held.unit >> cut_bits, held.at);
-    } else {
-      S::narrow_bytes(held.codes, held.at);
+      if constexpr (is_signed) {
+        S::store_signed4(held.at + i, held.unit >> cut_bits, sums);
+      } else {
+        S::store_positive4(held.at + i, held.unit >> cut_bits, sums, values);
+      }
     }
   }
 };
 
-// Asks for what is needed a few blocks on, a share of it with each step through a block: the processor's own guesses do
-// not cover five streams.
-template <class S, MomentKind first_kind, MomentKind second_kind>
-static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t block, int i) {
+// Asks for what is needed a few blocks on: the processor's own guesses do not cover five streams.
+template <MomentKind first_kind, MomentKind second_kind>
+static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t block) {
   constexpr int64_t ahead = 16;
-  if (i % 16 != 0) return;
-  const auto line = [=](const void* base, int64_t bytes) {  // of a block; four calls for half of it each cover it
+  const auto lines = [=](const void* base, int64_t bytes) __attribute__((always_inline)) {  // of a block
     const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>((block + ahead) * bytes);
-    for (int64_t byte = 0; byte * 4 < bytes; byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(at + i / 16 * (bytes / 4) + byte));
-    }
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + byte));
   };
-  line(blocks.grad, rule.grad_bf16 ? 2 * BLOCK : 4 * BLOCK);
-  if constexpr (first_kind != NONE) line(blocks.first, moment_bytes(first_kind));
-  if constexpr (second_kind != NONE) line(blocks.second, moment_bytes(second_kind));
+  if (rule.grad_bf16) {
+    lines(blocks.grad, 2 * BLOCK);
+  } else {
+    lines(blocks.grad, 4 * BLOCK);
+  }
+  if constexpr (first_kind != NONE) lines(blocks.first, moment_bytes(first_kind));
+  if constexpr (second_kind != NONE) lines(blocks.second, moment_bytes(second_kind));
 }
 
 template <class S, MomentKind first_kind, MomentKind second_kind>
 static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   using F = typename S::F;
   using I = typename S::I;
+  constexpr int four = 4 * S::width;
   const auto planes = S::planes(rule.bits);
   alignas(64) uint8_t levels[BLOCK];
-  alignas(64) int32_t moved[BLOCK], noises[2][BLOCK];
-  alignas(64) float wide[BLOCK];
-  Held first_held[2], second_held[2];  // of this block, and of the one before
+  alignas(64) int32_t noises[2][BLOCK];
+  alignas(64) float wide[BLOCK], rates[BLOCK];  // rates: in the order of a four
+  Held first_held[2], second_held[2];           // of this block, and of the one before
   using First = Moment<S, first_kind, true>;
   using Second = Moment<S, second_kind, false>;
   const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
   const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
   const bool as_is = !rule.grad_bf16 && rule.grad_factor == 1;
-  const float* rate = blocks.rate;
-  for (int64_t block = 0; block < blocks.count; ++block, rate += blocks.rate_stride) {
+  I lanes[4];
+  S::lanes4(lanes);
+  for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t start = blocks.start + block * BLOCK;
+    prefetch<first_kind, second_kind>(rule, blocks, block);
+    if (block == 0 || blocks.rate_stride != 0) {
+      for (int i = 0; i < BLOCK; i += four) {
+        F rate[4];
+        S::load4(blocks.rate + block * blocks.rate_stride + i, rate);
+        for (int k = 0; k < 4; ++k) S::store(rates + i + k * S::width, rate[k]);
+      }
+    }
     const float* grad = static_cast<const float*>(blocks.grad) + block * BLOCK;
     if (!as_is) {
       const F factor = S::floats(rule.grad_factor);
       const auto halves = static_cast<const uint16_t*>(blocks.grad) + block * BLOCK;
-      for (int i = 0; i < BLOCK; i += S::width) {
-        const F value = rule.grad_bf16 ? S::as_float(S::template left<16>(S::load_halves(halves + i)))
-                                       : S::load(grad + i);
-        S::store(wide + i, S::mul(value, factor));
+      for (int i = 0; i < BLOCK; i += four) {
+        F values[4];
+        I bits[4];
+        if (rule.grad_bf16) {
+          S::load_tops4(halves + i, bits);
+          for (int k = 0; k < 4; ++k) values[k] = S::as_float(bits[k]);
+        } else {
+          S::load4(grad + i, values);
+        }
+        for (int k = 0; k < 4; ++k) values[k] = S::mul(values[k], factor);
+        S::store4(wide + i, values);
       }
       grad = wide;
     }
@@ -215,33 +257,53 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
     First first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &first_held[now]);
     Second second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind), &second_held[now]);
     const uint32_t above = static_cast<uint32_t>(start >> 32);
-    const I key = S::ints(static_cast<int32_t>(rule.key ^ (above ? hash_word(above) : 0)));
-    I index = S::add(S::ints(static_cast<int32_t>(start)), S::lanes());
-    const auto step = [&](int i, I noise) __attribute__((always_inline)) {
-      if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) S::store_int(noises[now] + i, noise);
-      const F g = S::load(grad + i);
-      F move = g;
+    const uint32_t key = rule.key ^ (above ? hash_word(above) : 0);
+    const auto step = [&](int i, const I* noise) __attribute__((always_inline)) {
+      F g[4], move[4], v[4];
+      I steps[4];
+      S::load4(grad + i, g);
       if constexpr (first_kind != NONE) {
-        move = S::add(S::mul(first.load(i), beta1), S::mul(g, rest1));
-        first.put(i, move, noise);
+        first.load4(i, move);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) move[k] = S::add(S::mul(move[k], beta1), S::mul(g[k], rest1));
+        first.put4(i, move, noise);
+      } else {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) move[k] = g[k];
       }
-      move = S::mul(move, S::load(rate + i));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) move[k] = S::mul(move[k], S::load(rates + i + k * S::width));
       if constexpr (second_kind != NONE) {
-        const F v = S::add(S::mul(second.load(i), beta2), S::mul(S::mul(g, g), rest2));
-        second.put(i, v, noise);
-        move = S::div(move, S::add(S::root(v), least));
+        second.load4(i, v);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) v[k] = S::add(S::mul(v[k], beta2), S::mul(S::mul(g[k], g[k]), rest2));
+        second.put4(i, v, noise);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) move[k] = S::div(move[k], S::add(S::root(v[k]), least));
       }
       // 255 levels at most, so that the noise fits on top; below the least int32, nearest gives that: 256 levels down.
-      const I fine = S::nearest(S::min(move, S::floats(255 * 0x1p23f)));
-      const I steps = S::template right_signed<23>(S::add(fine, S::template right<9>(noise)));
-      S::store_int(moved + i, S::add(S::load_bytes(levels + i), steps));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const I fine = S::nearest(S::min(move[k], S::floats(255 * 0x1p23f)));
+        steps[k] = S::template right_signed<23>(S::add(fine, S::template right<9>(noise[k])));
+      }
+      S::move_levels4(levels + i, steps);
     };
-    for (int i = 0; i < BLOCK / 2; i += S::width) {
-      prefetch<S, first_kind, second_kind>(rule, blocks, block, i);
-      const I noise = hash<S>(S::xor_(index, key));
-      index = S::add(index, S::ints(S::width));
-      step(i, noise);
-      step(i + BLOCK / 2, S::mul(noise, S::ints(static_cast<int32_t>(0xAD166959u))));
+    for (int i = 0; i < BLOCK / 2; i += four) {
+      I noise[4];
+      const I base = S::ints(static_cast<int32_t>(key ^ static_cast<uint32_t>(start + i)));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) noise[k] = hash<S>(S::xor_(lanes[k], base));  // start + i has no bit of a place
+      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          if (half) noise[k] = S::mul(noise[k], S::ints(static_cast<int32_t>(0xAD166959u)));
+          if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) {
+            S::store_int(noises[now] + i + half * (BLOCK / 2) + k * S::width, noise[k]);
+          }
+        }
+        step(i + half * (BLOCK / 2), noise);
+      }
     }
     first.settle();
     second.settle();
@@ -249,7 +311,6 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
       First::encode(first_held[before], noises[before]);
       Second::encode(second_held[before], noises[before]);
     }
-    S::narrow_bytes(moved, levels);
     S::write_levels(planes, levels, packed, residual);
   }
   const int last = (blocks.count - 1) & 1;
@@ -279,35 +340,45 @@ static void step_any_blocks(const StepRule& rule, const Blocks& blocks) {
   }
 }
 
-// Compiled, and vectorized, for the instruction set of the file that includes this: the order of additions is fixed.
+// Squares, then halves added until one is left. Two rounds of halves go in one pass where vectors fill them.
+template <class S>
 static inline float mean_square_here(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  int64_t half = 1;
+  int64_t half = 1, i = 0;
   while (2 * half < count) half *= 2;
-  const auto square = [=](int64_t i) {
+  const auto square = [=](int64_t at) {
     float value;
     if (bf16) {
-      const uint32_t bits = uint32_t{static_cast<const uint16_t*>(grad)[i]} << 16;
+      const uint32_t bits = uint32_t{static_cast<const uint16_t*>(grad)[at]} << 16;
       std::memcpy(&value, &bits, sizeof value);
     } else {
-      value = static_cast<const float*>(grad)[i];
+      value = static_cast<const float*>(grad)[at];
     }
     value *= factor;
     return value * value;
   };
   const int64_t both = count - half;  // elements of the upper half
-  if (bf16) {
-    for (int64_t i = 0; i < both; ++i) scratch[i] = square(i) + square(half + i);
-    for (int64_t i = both; i < half; ++i) scratch[i] = square(i);
-  } else {
+  if (!bf16) {
     const float* values = static_cast<const float*>(grad);
-    for (int64_t i = 0; i < both; ++i) {
-      const float low = values[i] * factor, high = values[half + i] * factor;
-      scratch[i] = low * low + high * high;
-    }
-    for (int64_t i = both; i < half; ++i) scratch[i] = square(i);
+    const auto factors = S::floats(factor);
+    const auto squares = [=](int64_t at) __attribute__((always_inline)) {
+      const auto value = S::mul(S::load(values + at), factors);
+      return S::mul(value, value);
+    };
+    for (; i + S::width <= both; i += S::width) S::store(scratch + i, S::add(squares(i), squares(half + i)));
+    for (; i < both; ++i) scratch[i] = square(i) + square(half + i);
+    for (; i + S::width <= half; i += S::width) S::store(scratch + i, squares(i));
   }
-  for (half /= 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) scratch[i] += scratch[half + i];
+  for (; i < both; ++i) scratch[i] = square(i) + square(half + i);
+  for (; i < half; ++i) scratch[i] = square(i);
+  for (half /= 2; half >= 2 * S::width; half /= 4) {
+    const float *low = scratch, *high = scratch + half;
+    for (i = 0; i < half / 2; i += S::width) {
+      const auto first = S::add(S::load(low + i), S::load(high + i));
+      S::store(scratch + i, S::add(first, S::add(S::load(low + half / 2 + i), S::load(high + half / 2 + i))));
+    }
+  }
+  for (; half > 0; half /= 2) {
+    for (i = 0; i < half; ++i) scratch[i] += scratch[half + i];
   }
   return scratch[0] * static_cast<float>(1.0 / static_cast<double>(count));
 }

@@ -28,12 +28,8 @@ struct Scalar {
   static void store(float* p, F x) { *p = x; }
   static I load_int(const int32_t* p) { return *p; }
   static void store_int(int32_t* p, I x) { *p = x; }
-  static I load_bytes(const uint8_t* p) { return *p; }
-  static I load_signed_bytes(const uint8_t* p) { return static_cast<int8_t>(*p); }
-  static I load_halves(const uint16_t* p) { return *p; }
   static F floats(float x) { return x; }
   static I ints(int32_t x) { return x; }
-  static I lanes() { return 0; }
   static F as_float(I x) { return float_of(x); }
   static I as_int(F x) { return bits_of(x); }
   static F add(F a, F b) { return a + b; }
@@ -82,14 +78,39 @@ struct Scalar {
     return sign | (even ? static_cast<int32_t>(float_of(size) * 0x1p24f) : (size >> 13) - (112 << 10));
   }
 
-  static void narrow_bytes(const int32_t* in, uint8_t* out) {
-    for (int i = 0; i < BLOCK; ++i) out[i] = static_cast<uint8_t>(min(max(in[i], 0), 255));
+  static void lanes4(I* out) {
+    for (int k = 0; k < 4; ++k) out[k] = k;
   }
-  static void narrow_signed(const int32_t* in, int32_t base, uint8_t* out) {
-    for (int i = 0; i < BLOCK; ++i) out[i] = static_cast<uint8_t>((in[i] >> 5 & 0x80) | ((in[i] - base) & 0x7F));
+  static void load4(const float* p, F* out) {
+    for (int k = 0; k < 4; ++k) out[k] = p[k];
   }
-  static void narrow_halves(const int32_t* in, uint16_t* out) {
-    for (int i = 0; i < BLOCK; ++i) out[i] = static_cast<uint16_t>(in[i]);
+  static void store4(float* p, const F* in) {
+    for (int k = 0; k < 4; ++k) p[k] = in[k];
+  }
+  static void load_tops4(const uint16_t* p, I* out) {
+    for (int k = 0; k < 4; ++k) out[k] = left<16>(p[k]);
+  }
+  static void store_tops4(uint16_t* p, const I* in) {
+    for (int k = 0; k < 4; ++k) p[k] = static_cast<uint16_t>(right<16>(in[k]));
+  }
+  static void load_halves4(const uint16_t* p, F* out) {
+    for (int k = 0; k < 4; ++k) out[k] = from_half(p[k]);
+  }
+  static void store_halves4(uint16_t* p, const F* in) {
+    for (int k = 0; k < 4; ++k) p[k] = static_cast<uint16_t>(to_half(in[k]));
+  }
+  template <int cut, bool is_signed>
+  static void load_codes4(const uint8_t* p, I* out) {
+    for (int k = 0; k < 4; ++k) out[k] = left<cut>(is_signed ? static_cast<int8_t>(p[k]) : p[k]);
+  }
+  static void store_signed4(uint8_t* p, int32_t base, const I* in) {
+    for (int k = 0; k < 4; ++k) p[k] = static_cast<uint8_t>((in[k] >> 5 & 0x80) | ((in[k] - base) & 0x7F));
+  }
+  static void store_positive4(uint8_t* p, int32_t base, const I* in, const I* values) {
+    for (int k = 0; k < 4; ++k) p[k] = static_cast<uint8_t>(max(in[k] - base, values[k] > 0));
+  }
+  static void move_levels4(uint8_t* p, const I* steps) {
+    for (int k = 0; k < 4; ++k) p[k] = static_cast<uint8_t>(min(max(p[k] + steps[k], 0), 255));
   }
 
   static int planes(int bits) { return bits; }
@@ -117,7 +138,7 @@ struct Scalar {
 void update_scalar(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Scalar>(rule, blocks); }
 
 float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  return mean_square_here(grad, bf16, factor, count, scratch);
+  return mean_square_here<Scalar>(grad, bf16, factor, count, scratch);
 }
 
 bool within_scalar(const float* values, int64_t count, float limit) { return within_here<Scalar>(values, count, limit); }

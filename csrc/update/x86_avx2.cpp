@@ -14,18 +14,8 @@ struct Avx2 {
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static I load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_int(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
-  static I load_bytes(const uint8_t* p) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  }
-  static I load_signed_bytes(const uint8_t* p) {
-    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  }
-  static I load_halves(const uint16_t* p) {
-    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
   static F floats(float x) { return _mm256_set1_ps(x); }
   static I ints(int32_t x) { return _mm256_set1_epi32(x); }
-  static I lanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   static F as_float(I x) { return _mm256_castsi256_ps(x); }
   static I as_int(F x) { return _mm256_castps_si256(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -63,78 +53,190 @@ struct Avx2 {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
-  static F from_half(I half) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0xD8);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(words));
-  }
-  static I to_half(F x) { return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 
-  static void narrow_bytes(const int32_t* in, uint8_t* out) {
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    for (int i = 0; i < BLOCK; i += 32) {
-      const __m256i low = _mm256_packs_epi32(load_int(in + i), load_int(in + i + 8));
-      const __m256i high = _mm256_packs_epi32(load_int(in + i + 16), load_int(in + i + 24));
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes);
+  // The order of a four is that in which 32 bytes unpack: its first vector has the elements 0 .. 3 and 16 .. 19, the
+  // next one four more, and so on. No element then leaves its 128 bits on the way from bytes to floats and back.
+  static void lanes4(I* out) {
+    out[0] = _mm256_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19);
+    for (int k = 1; k < 4; ++k) out[k] = add(out[k - 1], ints(4));
+  }
+  template <class T>
+  static __m256i load_apart(const T* low, const T* high) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)),
+                                   1);
+  }
+  template <class T>
+  static void store_apart(T* low, T* high, __m256i x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(x));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(x, 1));
+  }
+  static void load4(const float* p, F* out) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) out[k] = as_float(load_apart(p + 4 * k, p + 16 + 4 * k));
+  }
+  static void store4(float* p, const F* in) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) store_apart(p + 4 * k, p + 16 + 4 * k, as_int(in[k]));
+  }
+  static void load_tops4(const uint16_t* p, I* out) {
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i even = load_apart(p, p + 16), odd = load_apart(p + 8, p + 24);
+    out[0] = _mm256_unpacklo_epi16(zero, even), out[1] = _mm256_unpackhi_epi16(zero, even);
+    out[2] = _mm256_unpacklo_epi16(zero, odd), out[3] = _mm256_unpackhi_epi16(zero, odd);
+  }
+  static void store_tops4(uint16_t* p, const I* in) {
+    store_apart(p, p + 16, _mm256_packus_epi32(right<16>(in[0]), right<16>(in[1])));
+    store_apart(p + 8, p + 24, _mm256_packus_epi32(right<16>(in[2]), right<16>(in[3])));
+  }
+  static void load_halves4(const uint16_t* p, F* out) {
+    F in[4];
+    for (int k = 0; k < 4; ++k) in[k] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * k)));
+    for (int k = 0; k < 2; ++k) {
+      out[2 * k] = _mm256_permute2f128_ps(in[k], in[k + 2], 0x20);
+      out[2 * k + 1] = _mm256_permute2f128_ps(in[k], in[k + 2], 0x31);
     }
   }
-  static void narrow_signed(const int32_t* in, int32_t base, uint8_t* out) {
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    for (int i = 0; i < BLOCK; i += 32) {
-      const __m256i low = signed_codes(_mm256_packus_epi32(load_int(in + i), load_int(in + i + 8)), base);
-      const __m256i high = signed_codes(_mm256_packus_epi32(load_int(in + i + 16), load_int(in + i + 24)), base);
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes);
+  static void store_halves4(uint16_t* p, const F* in) {
+    for (int k = 0; k < 4; ++k) {
+      const F ordered = _mm256_permute2f128_ps(in[k % 2 * 2], in[k % 2 * 2 + 1], k < 2 ? 0x20 : 0x31);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * k), _mm256_cvtps_ph(ordered, _MM_FROUND_TO_NEAREST_INT));
     }
   }
-  static __m256i signed_codes(__m256i words, int32_t base) {
+  template <int cut, bool is_signed>
+  static void load_codes4(const uint8_t* p, I* out) {
+    const __m256i zero = _mm256_setzero_si256(), bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i even = _mm256_unpacklo_epi8(zero, bytes), odd = _mm256_unpackhi_epi8(zero, bytes);
+    out[0] = _mm256_unpacklo_epi16(zero, even), out[1] = _mm256_unpackhi_epi16(zero, even);
+    out[2] = _mm256_unpacklo_epi16(zero, odd), out[3] = _mm256_unpackhi_epi16(zero, odd);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) out[k] = is_signed ? right_signed<24 - cut>(out[k]) : right<24 - cut>(out[k]);
+  }
+  static void store_signed4(uint8_t* p, int32_t base, const I* in) {
+    const __m256i even = signed_codes(_mm256_packus_epi32(in[0], in[1]), base);
+    const __m256i odd = signed_codes(_mm256_packus_epi32(in[2], in[3]), base);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_packus_epi16(even, odd));
+  }
+  static __m256i signed_codes(__m256i words, int32_t base) {  // upper byte: 0 or 16, the sign, which comes to be 128
     words = _mm256_sub_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(base)));
-    const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(words, 5), _mm256_set1_epi16(0x80));
-    return _mm256_or_si256(_mm256_and_si256(words, _mm256_set1_epi16(0x7F)), sign);
+    return _mm256_maddubs_epi16(words, _mm256_set1_epi16(0x0801));
   }
-  static void narrow_halves(const int32_t* in, uint16_t* out) {
-    for (int i = 0; i < BLOCK; i += 16) {
-      const __m256i both = _mm256_packus_epi32(load_int(in + i), load_int(in + i + 8));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permute4x64_epi64(both, 0xD8));
-    }
+  static void store_positive4(uint8_t* p, int32_t base, const I* in, const I* values) {
+    const __m256i bases = _mm256_set1_epi16(static_cast<int16_t>(base));
+    const __m256i even = _mm256_sub_epi16(_mm256_packs_epi32(in[0], in[1]), bases);
+    const __m256i odd = _mm256_sub_epi16(_mm256_packs_epi32(in[2], in[3]), bases);
+    // Packing saturates, and what is above 0 stays that.
+    const __m256i sizes = _mm256_packus_epi16(_mm256_packs_epi32(values[0], values[1]),
+                                              _mm256_packs_epi32(values[2], values[3]));
+    const __m256i codes = _mm256_max_epu8(_mm256_packus_epi16(even, odd), _mm256_min_epu8(sizes, _mm256_set1_epi8(1)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes);
+  }
+  static void move_levels4(uint8_t* p, const I* steps) {
+    const __m256i zero = _mm256_setzero_si256(), bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i even = _mm256_add_epi16(_mm256_unpacklo_epi8(bytes, zero), _mm256_packs_epi32(steps[0], steps[1]));
+    const __m256i odd = _mm256_add_epi16(_mm256_unpackhi_epi8(bytes, zero), _mm256_packs_epi32(steps[2], steps[3]));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm256_packus_epi16(even, odd));
   }
 
   static int planes(int bits) { return bits; }
-  // Eight values are a number of `bits` bytes: pdep and pext move them from and to a byte each. Planes go through a copy,
-  // because a number is read as eight bytes, of which the last ones may lie behind the plane.
   static void read_levels(int bits, const uint8_t* packed, const uint8_t* residual, uint8_t* levels) {
-    const int hidden = 8 - bits;
-    const uint64_t index_mask = repeated((1 << bits) - 1) << hidden, low_mask = repeated((1 << hidden) - 1);
-    uint8_t index[BLOCK + 8] = {}, low[BLOCK + 8] = {};
-    copy(index, packed, bits);
-    copy(low, residual, hidden);
-    for (int i = 0; i < 16; ++i) {
-      uint64_t high_word, low_word;
-      std::memcpy(&high_word, index + i * bits, 8);
-      std::memcpy(&low_word, low + i * hidden, 8);
-      const uint64_t eight = _pdep_u64(high_word, index_mask) | _pdep_u64(low_word, low_mask);
-      std::memcpy(levels + 8 * i, &eight, 8);
-    }
+    if (bits == 8) std::memcpy(levels, packed, BLOCK);
+    if (bits == 4) read_nibbles(packed, residual, levels);
+    if (bits != 8 && bits != 4) readers[bits](packed, residual, levels);
   }
   static void write_levels(int bits, const uint8_t* levels, uint8_t* packed, uint8_t* residual) {
-    const int hidden = 8 - bits;
-    const uint64_t index_mask = repeated((1 << bits) - 1) << hidden, low_mask = repeated((1 << hidden) - 1);
-    uint8_t index[BLOCK + 8], low[BLOCK + 8];
-    for (int i = 0; i < 16; ++i) {
-      uint64_t eight;
-      std::memcpy(&eight, levels + 8 * i, 8);
-      const uint64_t high_word = _pext_u64(eight, index_mask), low_word = _pext_u64(eight, low_mask);
-      std::memcpy(index + i * bits, &high_word, 8);  // the next one writes over the zeros behind
-      std::memcpy(low + i * hidden, &low_word, 8);
-    }
-    copy(packed, index, bits);
-    copy(residual, low, hidden);
+    if (bits == 8) std::memcpy(packed, levels, BLOCK);
+    if (bits == 4) write_nibbles(levels, packed, residual);
+    if (bits != 8 && bits != 4) writers[bits](levels, packed, residual);
   }
 
-  static uint64_t repeated(int byte) { return 0x0101010101010101u * static_cast<uint64_t>(byte); }
-  static void copy(uint8_t* to, const uint8_t* from, int bits) {  // 128 values
-    for (int i = 0; i < bits; ++i) std::memcpy(to + 16 * i, from + 16 * i, 16);
+  // 64 levels are 32 bytes of each plane; byte j has the elements 2 j and 2 j + 1.
+  static void read_nibbles(const uint8_t* packed, const uint8_t* residual, uint8_t* levels) {
+    const __m256i low = _mm256_set1_epi8(0x0F);
+    for (int i = 0; i < BLOCK; i += 64) {
+      const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + i / 2));
+      const __m256i rest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(residual + i / 2));
+      const __m256i even = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(index, low), 4), _mm256_and_si256(rest, low));
+      const __m256i odd = _mm256_or_si256(_mm256_andnot_si256(low, index), _mm256_and_si256(right<4>(rest), low));
+      store_apart(levels + i, levels + i + 32, _mm256_unpacklo_epi8(even, odd));
+      store_apart(levels + i + 16, levels + i + 48, _mm256_unpackhi_epi8(even, odd));
+    }
   }
+  static void write_nibbles(const uint8_t* levels, uint8_t* packed, uint8_t* residual) {
+    const __m256i low = _mm256_set1_epi8(0x0F);
+    const auto pairs = [=](__m256i nibbles) {  // an even element, and 16 times the odd one above it
+      return _mm256_maddubs_epi16(_mm256_and_si256(nibbles, low), _mm256_set1_epi16(0x1001));
+    };
+    for (int i = 0; i < BLOCK; i += 64) {
+      const __m256i even = load_apart(levels + i, levels + i + 32), odd = load_apart(levels + i + 16, levels + i + 48);
+      const __m256i index = _mm256_packus_epi16(pairs(right<4>(even)), pairs(right<4>(odd)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + i / 2), index);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(residual + i / 2), _mm256_packus_epi16(pairs(even), pairs(odd)));
+    }
+  }
+
+  // Of other widths, 64 values are `bits` words of 64 bits, and eight values a run of 8 * bits bits in them, which pdep
+  // and pext move to and from a byte each.
+  template <int bits>
+  static uint64_t run_of(const uint64_t* words, int run) {
+    const int at = run * 8 * bits, word = at / 64, shift = at % 64;
+    const uint64_t low = words[word] >> shift;
+    return shift + 8 * bits > 64 ? low | words[word + 1] << (64 - shift) : low;
+  }
+  template <int bits>
+  static void add_run(uint64_t* words, int run, uint64_t value) {
+    const int at = run * 8 * bits, word = at / 64, shift = at % 64;
+    words[word] = shift == 0 ? value : words[word] | value << shift;
+    if (shift + 8 * bits > 64) words[word + 1] = value >> (64 - shift);
+  }
+  template <int bits>
+  static void read_words(const uint8_t* packed, const uint8_t* residual, uint8_t* levels) {
+    constexpr int hidden = 8 - bits;
+    constexpr uint64_t index_mask = repeated((1 << bits) - 1) << hidden, low_mask = repeated((1 << hidden) - 1);
+    for (int i = 0; i < BLOCK; i += 64) {
+      uint64_t index[bits], low[hidden];
+      std::memcpy(index, packed + i / 8 * bits, sizeof index);
+      std::memcpy(low, residual + i / 8 * hidden, sizeof low);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        uint64_t eights[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          eights[k] = _pdep_u64(run_of<bits>(index, 4 * half + k), index_mask) |
+                      _pdep_u64(run_of<hidden>(low, 4 * half + k), low_mask);
+        }
+        // In a register: 32 bytes that were stored by eights wait until they are in the cache.
+        const __m256i all = _mm256_setr_epi64x(static_cast<int64_t>(eights[0]), static_cast<int64_t>(eights[1]),
+                                               static_cast<int64_t>(eights[2]), static_cast<int64_t>(eights[3]));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + i + 32 * half), all);
+      }
+    }
+  }
+  template <int bits>
+  static void write_words(const uint8_t* levels, uint8_t* packed, uint8_t* residual) {
+    constexpr int hidden = 8 - bits;
+    constexpr uint64_t index_mask = repeated((1 << bits) - 1) << hidden, low_mask = repeated((1 << hidden) - 1);
+    for (int i = 0; i < BLOCK; i += 64) {
+      uint64_t index[bits], low[hidden];
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        uint64_t eight;
+        std::memcpy(&eight, levels + i + 8 * k, 8);
+        add_run<bits>(index, k, _pext_u64(eight, index_mask));
+        add_run<hidden>(low, k, _pext_u64(eight, low_mask));
+      }
+      std::memcpy(packed + i / 8 * bits, index, sizeof index);
+      std::memcpy(residual + i / 8 * hidden, low, sizeof low);
+    }
+  }
+  static constexpr uint64_t repeated(int byte) { return 0x0101010101010101u * static_cast<uint64_t>(byte); }
+
+  using Reader = void (*)(const uint8_t*, const uint8_t*, uint8_t*);
+  using Writer = void (*)(const uint8_t*, uint8_t*, uint8_t*);
+  static constexpr Reader readers[8] = {nullptr,       read_words<1>, read_words<2>, read_words<3>,
+                                        read_nibbles,  read_words<5>, read_words<6>, read_words<7>};
+  static constexpr Writer writers[8] = {nullptr,       write_words<1>, write_words<2>, write_words<3>,
+                                        write_nibbles, write_words<5>, write_words<6>, write_words<7>};
 };
 
 }  // namespace
@@ -142,7 +244,7 @@ struct Avx2 {
 void update_avx2(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Avx2>(rule, blocks); }
 
 float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  return mean_square_here(grad, bf16, factor, count, scratch);
+  return mean_square_here<Avx2>(grad, bf16, factor, count, scratch);
 }
 
 bool within_avx2(const float* values, int64_t count, float limit) { return within_here<Avx2>(values, count, limit); }

@@ -76,18 +76,8 @@ struct Avx512 {
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_int(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
-  static I load_bytes(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static I load_signed_bytes(const uint8_t* p) {
-    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static I load_halves(const uint16_t* p) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
   static F floats(float x) { return _mm512_set1_ps(x); }
   static I ints(int32_t x) { return _mm512_set1_epi32(x); }
-  static I lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static F as_float(I x) { return _mm512_castsi512_ps(x); }
   static I as_int(F x) { return _mm512_castps_si512(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -121,35 +111,74 @@ struct Avx512 {
     return _mm512_srai_epi32(x, n);
   }
   static float largest(F x) { return _mm512_reduce_max_ps(x); }
-  static F from_half(I half) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)); }
-  static I to_half(F x) { return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 
-  static void narrow_bytes(const int32_t* in, uint8_t* out) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int i = 0; i < BLOCK; i += 64) {
-      const __m512i low = _mm512_packs_epi32(load_int(in + i), load_int(in + i + 16));
-      const __m512i high = _mm512_packs_epi32(load_int(in + i + 32), load_int(in + i + 48));
-      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+  // The order of a four is that of the elements.
+  static void lanes4(I* out) {
+    out[0] = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int k = 1; k < 4; ++k) out[k] = add(out[k - 1], ints(16));
+  }
+  static void load4(const float* p, F* out) {
+    for (int k = 0; k < 4; ++k) out[k] = load(p + 16 * k);
+  }
+  static void store4(float* p, const F* in) {
+    for (int k = 0; k < 4; ++k) store(p + 16 * k, in[k]);
+  }
+  static __m256i load_words(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void load_tops4(const uint16_t* p, I* out) {
+    for (int k = 0; k < 4; ++k) out[k] = left<16>(_mm512_cvtepu16_epi32(load_words(p + 16 * k)));
+  }
+  static void store_tops4(uint16_t* p, const I* in) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    for (int k = 0; k < 4; k += 2) {
+      const __m512i both = _mm512_packus_epi32(right<16>(in[k]), right<16>(in[k + 1]));
+      _mm512_storeu_si512(p + 16 * k, _mm512_permutexvar_epi64(order, both));
     }
   }
-  static void narrow_signed(const int32_t* in, int32_t base, uint8_t* out) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int i = 0; i < BLOCK; i += 64) {
-      const __m512i low = signed_codes(_mm512_packus_epi32(load_int(in + i), load_int(in + i + 16)), base);
-      const __m512i high = signed_codes(_mm512_packus_epi32(load_int(in + i + 32), load_int(in + i + 48)), base);
-      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+  static void load_halves4(const uint16_t* p, F* out) {
+    for (int k = 0; k < 4; ++k) out[k] = _mm512_cvtph_ps(load_words(p + 16 * k));
+  }
+  static void store_halves4(uint16_t* p, const F* in) {
+    for (int k = 0; k < 4; ++k) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * k), _mm512_cvtps_ph(in[k], _MM_FROUND_TO_NEAREST_INT));
     }
+  }
+  template <int cut, bool is_signed>
+  static void load_codes4(const uint8_t* p, I* out) {
+    for (int k = 0; k < 4; ++k) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k));
+      out[k] = left<cut>(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+    }
+  }
+  // From the order of packing four vectors to that of the elements.
+  static __m512i in_order(__m512i bytes) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, bytes);
+  }
+  static void store_bytes4(uint8_t* p, const I* in) {
+    const __m512i low = _mm512_packs_epi32(in[0], in[1]), high = _mm512_packs_epi32(in[2], in[3]);
+    _mm512_storeu_si512(p, in_order(_mm512_packus_epi16(low, high)));
+  }
+  static void store_signed4(uint8_t* p, int32_t base, const I* in) {
+    const __m512i low = signed_codes(_mm512_packus_epi32(in[0], in[1]), base);
+    const __m512i high = signed_codes(_mm512_packus_epi32(in[2], in[3]), base);
+    _mm512_storeu_si512(p, in_order(_mm512_packus_epi16(low, high)));
+  }
+  static void store_positive4(uint8_t* p, int32_t base, const I* in, const I* values) {
+    I codes[4];
+    for (int k = 0; k < 4; ++k) codes[k] = max(sub(in[k], ints(base)), min(values[k], ints(1)));
+    store_bytes4(p, codes);
   }
   static __m512i signed_codes(__m512i words, int32_t base) {
     words = _mm512_sub_epi16(words, _mm512_set1_epi16(static_cast<int16_t>(base)));
     return _mm512_ternarylogic_epi32(words, _mm512_srli_epi16(words, 5), _mm512_set1_epi16(0x7F), 0xE4);
   }
-  static void narrow_halves(const int32_t* in, uint16_t* out) {
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    for (int i = 0; i < BLOCK; i += 32) {
-      const __m512i both = _mm512_packus_epi32(load_int(in + i), load_int(in + i + 16));
-      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi64(order, both));
+  static void move_levels4(uint8_t* p, const I* steps) {
+    I moved[4];
+    for (int k = 0; k < 4; ++k) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k));
+      moved[k] = add(_mm512_cvtepu8_epi32(bytes), steps[k]);
     }
+    store_bytes4(p, moved);
   }
 
   static Planes planes(int bits) { return {8 - bits, Plane(bits), Plane(8 - bits)}; }
@@ -179,7 +208,7 @@ struct Avx512 {
 void update_avx512(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Avx512>(rule, blocks); }
 
 float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  return mean_square_here(grad, bf16, factor, count, scratch);
+  return mean_square_here<Avx512>(grad, bf16, factor, count, scratch);
 }
 
 bool within_avx512(const float* values, int64_t count, float limit) { return within_here<Avx512>(values, count, limit); }
