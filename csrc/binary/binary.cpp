@@ -29,12 +29,13 @@ constexpr int64_t TILES_AT_ONCE = 16;  // their pixels share the weights of a bl
 constexpr int64_t PRODUCTS_A_THREAD = 1 << 24;  // at least: 10 us
 static_assert(LANES == BLOCK && MOST_BLOCKS * LANES == COLUMNS, "totals are finished by the engine's kernel");
 
-// What stays the same over a whole call.
+// What stays the same over a whole call. At 2 bits the channels of the geometry are bits.
 struct Call {
   const Geometry& geometry;
   const std::vector<Box>& boxes;
   const uint32_t* image;
   const lookup::Lookup* lookup;  // or null
+  const lookup::Table* table;    // of the lookup
   const uint16_t* entries;       // the image as it reads it
   const uint32_t* weights;
   const float* factor;
@@ -42,6 +43,7 @@ struct Call {
   uint8_t* out;
   Dtype dtype;
   int64_t out_channel, out_steps[4];  // strides of the result in elements: of channels, and as those of a Box
+  int32_t tap_total;                  // what each tap inside the image adds to the total that is looked up
   const uint8_t* upcoming;            // what is read after this call: fetched into the cache along the way
   int64_t upcoming_bytes;
 
@@ -145,7 +147,7 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
         const int64_t line = a * g.dilation[0] * g.in[1] + b * g.dilation[1];
         const int64_t tap = (a * g.kernel[1] + b) * g.kernel[2] + c;
         const int64_t image = line * g.in[2] * call.pitch() + c * step, length = together * units;
-        const int64_t pieces = call.lookup ? (length + lookup::LONGEST - 1) / lookup::LONGEST : 1;
+        const int64_t pieces = call.lookup ? (length + call.table->longest - 1) / call.table->longest : 1;
         for (int64_t p = 0, at = 0; p < pieces; ++p) {
           const int64_t next = (p + 1) * length / pieces;
           segments[count++] = {image + at, tap * units + at, next - at};
@@ -171,7 +173,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   const auto finish = finish_kernel.pick();
   const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
   const bool in_place = call.dtype == FLOAT32 && call.out_channel == 1;
-  const std::unique_ptr<Segment[]> segments(new Segment[taps * (1 + call.units() / lookup::LONGEST)]);
+  const std::unique_ptr<Segment[]> segments(new Segment[taps * (1 + call.units() / call.table->longest)]);
   const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * call.units(), MOST_BLOCKS) : 0);
   constexpr int64_t pixels = TILES_AT_ONCE * MOST_PIXELS;
   const std::unique_ptr<int32_t[]> totals(new int32_t[pixels * COLUMNS]);
@@ -209,7 +211,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           tile.segment_count = segments_of(call, *current, segments.get());
           int64_t inside = 1;
           for (int d = 1; d < 4; ++d) inside *= current->span[d].high - current->span[d].low;
-          tile.products = static_cast<int32_t>(inside * channels);
+          tile.products = static_cast<int32_t>(inside * call.tap_total);
         }
         const int64_t image = place.image + group * call.units();
         tile.image_step = place.image_step;
@@ -226,7 +228,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
             rows[row++] = call.out + (place.out + m * place.out_step + channel * call.out_channel) * call.element();
         }
         if (call.lookup) {
-          call.lookup->multiply(tile, call.entries + image, panel.get());
+          call.lookup->multiply(tile, *call.table, call.entries + image, panel.get());
         } else {
           tile.image = call.image + image;
           multiply(tile);
@@ -272,7 +274,8 @@ using namespace bitorch_engine::binary;
 // in elements and in the order of (N, C, depth, height, width).
 struct BinaryArguments {
   Geometry geometry;
-  int64_t codes;  // whether x is a packed stream of codes; else floats
+  int64_t bits;   // of activations and weights, 1 or 2
+  int64_t codes;  // whether x is a packed stream of codes; else floats, at 1 bit
   int64_t x_dtype, x_strides[5];
   int64_t out_dtype, out_strides[5];
   int64_t threads;
@@ -305,12 +308,24 @@ Geometry flattened(Geometry g, const int64_t (&steps)[4]) {
   return g;
 }
 
-// For a pixel or two it does not pay to make panels of the weight.
-const lookup::Lookup* lookup_for(const Geometry& g) {
+const lookup::Table& table_of(int64_t bits, float low) {
+  return bits == 1 ? lookup::signs : low < 0 ? lookup::signed_pairs : lookup::unsigned_pairs;
+}
+
+// Null: not by lookup. For a pixel or two it does not pay to make panels of the weight.
+const lookup::Lookup* lookup_for(const Geometry& g, int64_t bits, const lookup::Table& table) {
   constexpr int64_t FEWEST = 6;
-  const int64_t entries = g.taps() * lookup::entries_of(g.in_channels / g.groups);
-  const bool suits = g.batch * g.out_pixels() >= FEWEST && entries <= lookup::MOST_ENTRIES;
+  const int64_t entries = g.taps() * lookup::entries_of(g.in_channels / g.groups * bits);
+  const bool suits = g.batch * g.out_pixels() >= FEWEST && entries <= table.most;
   return suits && current_isa() == AVX2 ? BE_X86(&lookup::lookup_avx2) : nullptr;
+}
+
+// Of products of `channels` channels. At 2 bits, values count from the least, and where channels end in an entry the
+// indices are 0, which stand for the products low * -2.
+int32_t tap_total(int64_t channels, int64_t bits, float low, const lookup::Table& table) {
+  if (bits == 1) return static_cast<int32_t>(channels);
+  const int64_t entries = lookup::entries_of(channels * bits), filling = 4 * entries - channels;
+  return static_cast<int32_t>(2 * entries * table.least + filling * 2 * static_cast<int64_t>(low));
 }
 
 void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
@@ -323,11 +338,18 @@ void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
 
 }  // namespace
 
-// out, dense: float(total) * (channel_scale * *scale) + bias. bias, poison: null for none. Where a float is not finite,
+// Whether be_binary_conv has the product: always at 1 bit.
+BE_EXPORT int be_binary_has(const Geometry* g, int bits) {
+  return bits == 1 || lookup_for(*g, bits, table_of(bits, 0)) != nullptr;
+}
+
+// low: of the activation, at 2 bits. out, dense: float(total) * (channel_scale * *scale) + bias. bias, poison: null for none. Where a float is not finite,
 // or *poison is NaN, all of it is NaN.
-BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const float* scale, const uint32_t* weights,
-                              const float* channel_scale, const float* bias, const float* poison, void* out) {
+BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const float* scale, const float* low,
+                              const uint32_t* weights, const float* channel_scale, const float* bias, const float* poison, void* out) {
   Geometry g = a->geometry;
+  const lookup::Table& table = table_of(a->bits, *low);
+  const int32_t per_tap = tap_total(g.in_channels / g.groups, a->bits, *low, table);
   const int threads = static_cast<int>(a->threads);
   const Dtype dtype = static_cast<Dtype>(a->out_dtype), x_dtype = static_cast<Dtype>(a->x_dtype);
   if (poison && *poison != *poison) return fill_with_nan(g, dtype, out);
@@ -338,19 +360,20 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
   const int64_t sample = a->x_strides[0] * (x_dtype == FLOAT32 ? 4 : 2), element = dtype == FLOAT32 ? 4 : 2;
   const int64_t lot = samples_at_once(*a, std::max<int64_t>(1, sample));
   std::vector<Box> all;
+  g.in_channels *= a->bits;
   for (int64_t first = 0; first < a->geometry.batch; first += lot) {
     g.batch = std::min(lot, a->geometry.batch - first);
     const uint8_t* from = static_cast<const uint8_t*>(x) + first * sample;
     const Image image = a->codes ? Image(g, from, threads) : Image(g, from, x_dtype, a->x_strides, 1 / *scale, threads);
     if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
-    const lookup::Lookup* const lookup = lookup_for(g);
+    const lookup::Lookup* const lookup = lookup_for(g, 1, table);
     const Entries entries(g, image.words(), lookup, threads);
     const Geometry flat = flattened(g, steps);
     if (first == 0 || g.batch != lot) all = boxes(flat, s[1] == 1);
     const int64_t next = std::min(lot, a->geometry.batch - first - g.batch);
     uint8_t* const to = static_cast<uint8_t*>(out) + first * s[0] * element;
-    multiply_all({flat, all, image.words(), lookup, entries.get(), weights, factor.get(), bias, to, dtype, s[1],
-                  {s[0], s[2], s[3], s[4]}, from + g.batch * sample, a->codes ? 0 : next * sample},
+    multiply_all({flat, all, image.words(), lookup, &table, entries.get(), weights, factor.get(), bias, to, dtype, s[1],
+                  {s[0], s[2], s[3], s[4]}, per_tap, from + g.batch * sample, a->codes ? 0 : next * sample},
                  threads);
   }
 }

@@ -13,19 +13,6 @@ using binary::LANES;
 using binary::Segment;
 using binary::Tile;
 
-// For each eight signs x a pair of tables, of the lower and of the upper four: how many bits of x and w differ.
-struct Tables {
-  alignas(64) uint8_t differing[256][2][16] = {};
-  constexpr Tables() {
-    for (int x = 0; x < 256; ++x)
-      for (int half = 0; half < 2; ++half)
-        for (int w = 0; w < 16; ++w)
-          for (int bits = (x >> (4 * half) & 15) ^ w; bits; bits &= bits - 1) ++differing[x][half][w];
-  }
-};
-constexpr Tables tables;
-constexpr int PAIR = 32;       // bytes
-
 // An accumulator that stays where it is: GCC otherwise sums two results of lookups first, and runs out of registers.
 inline __m256i add_in_place(__m256i sum, __m256i x) {
   sum = _mm256_add_epi8(sum, x);
@@ -40,18 +27,18 @@ struct Wide {
   __m256i all[MR][NV], odd[MR][NV];
 };
 
-// Adds segments, as many as LONGEST allows, to sums, or begins with them; returns the next segment.
+// Adds segments, as many as a byte allows, to sums, or begins with them; returns the next segment.
 template <int MR, int NV>
 __attribute__((noinline)) const Segment* add_segments(const Segment* s, const Segment* end, const uint16_t* image,
-                                                      int64_t step, const uint8_t* panel, bool begin,
-                                                      Wide<MR, NV>& wide) {
-  const uint8_t* const table = tables.differing[0][0];
+                                                      int64_t step, const uint8_t* panel, const Table& values,
+                                                      bool begin, Wide<MR, NV>& wide) {
+  const uint8_t* const table = values.values[0][0];
   __m256i bytes[MR][NV];
 #pragma GCC unroll 6
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) bytes[m][j] = _mm256_setzero_si256();
-  int64_t left = LONGEST;
+  int64_t left = values.longest;
   while (s < end && s->words <= left) {
     // Pixels are addressed from the first and the fourth of them: that leaves registers for the tables.
     const uint16_t *first = image + s->image, *fourth = first + 3 * step, *const stop = first + s->words;
@@ -105,7 +92,7 @@ inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wi
 }
 
 template <int MR, int NV>
-void tile(const Tile& t, const uint16_t* image, const uint8_t* panel) {
+void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
   Wide<MR, NV> wide;
   // Copies: for all GCC knows, a store of results changes the tile.
   float* const out = t.out;
@@ -113,51 +100,53 @@ void tile(const Tile& t, const uint16_t* image, const uint8_t* panel) {
   const int64_t out_step = t.out_step, blocks = t.blocks;
   const Segment *s = t.segments, *const end = s + t.segment_count;
   for (bool begin = true; begin || s < end; begin = false)
-    s = add_segments<MR, NV>(s, end, image, t.image_step, panel, begin, wide);
+    s = add_segments<MR, NV>(s, end, image, t.image_step, panel, table, begin, wide);
   if (int32_t* const totals = t.totals) {
-    const __m256i products = _mm256_set1_epi32(t.products);
-    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i differing) {
+    const __m256i products = _mm256_set1_epi32(t.products), times = _mm256_set1_epi32(table.times);
+    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + m * COLUMNS + o),
-                          _mm256_sub_epi32(products, _mm256_slli_epi32(differing, 1)));
+                          _mm256_add_epi32(products, _mm256_mullo_epi32(sum, times)));
     });
     return;
   }
   // Every number up to 2**24 is exact here: only the last two operations round, and without `added` only the first one.
-  const __m256 products = _mm256_set1_ps(static_cast<float>(t.products)), two = _mm256_set1_ps(2);
-  const auto scaled = [&](int64_t o, __m256i differing) {
-    const __m256 total = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(differing), two, products);
+  const __m256 products = _mm256_set1_ps(static_cast<float>(t.products));
+  const __m256 times = _mm256_set1_ps(static_cast<float>(table.times));
+  const auto scaled = [&](int64_t o, __m256i sum) {
+    const __m256 total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), times, products);
     return _mm256_mul_ps(total, _mm256_loadu_ps(factor + o));
   };
   if (added)
-    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i differing) {
-      const __m256 value = _mm256_add_ps(scaled(o, differing), _mm256_loadu_ps(added + o));
+    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i sum) {
+      const __m256 value = _mm256_add_ps(scaled(o, sum), _mm256_loadu_ps(added + o));
       _mm256_storeu_ps(out + m * out_step + o, value);
     });
   else
-    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i differing) {
-      _mm256_storeu_ps(out + m * out_step + o, scaled(o, differing));
+    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i sum) {
+      _mm256_storeu_ps(out + m * out_step + o, scaled(o, sum));
     });
 }
 
-void multiply(const Tile& t, const uint16_t* image, const uint8_t* panel) {
-  constexpr void (*TILES[binary::MOST_PIXELS][2])(const Tile&, const uint16_t*, const uint8_t*) = {
+void multiply(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
+  constexpr void (*TILES[binary::MOST_PIXELS][2])(const Tile&, const Table&, const uint16_t*, const uint8_t*) = {
       {tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
       {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
-  TILES[t.count - 1][t.blocks > 2](t, image, panel);
+  TILES[t.count - 1][t.blocks > 2](t, table, image, panel);
 }
 
-void make_entries(const uint32_t* words, int64_t runs, int64_t channels, uint16_t* out) {
-  if (channels % binary::WORD == 0) {
-    channels *= runs;
+void make_entries(const uint32_t* words, int64_t runs, int64_t bits, uint16_t* out) {
+  constexpr int PAIR = sizeof signs.values[0];
+  if (bits % binary::WORD == 0) {
+    bits *= runs;
     runs = 1;
   }
-  const int64_t entries = entries_of(channels), bytes = (channels + binary::WORD - 1) / binary::WORD * 4;
+  const int64_t entries = entries_of(bits), bytes = (bits + binary::WORD - 1) / binary::WORD * 4;
   const uint8_t* from = reinterpret_cast<const uint8_t*>(words);
   for (int64_t run = 0; run < runs; ++run, from += bytes, out += entries)
     for (int64_t e = 0; e < entries; ++e) out[e] = static_cast<uint16_t>(from[e] * PAIR);
 }
 
-// Of eight lanes of two blocks: [channel % 4, of all four bytes of its word: (first, second block)], and so in each
+// Of eight lanes of two blocks: [lane % 4, of all four bytes of its word: (first, second block)], and so in each
 // half of a vector. lower: bytes 0 and 1 of the words, upper: 2 and 3.
 inline void transpose_bytes(const uint32_t* first, const uint32_t* second, __m256i& lower, __m256i& upper) {
   const __m256i by_byte =
@@ -170,13 +159,12 @@ inline void transpose_bytes(const uint32_t* first, const uint32_t* second, __m25
   upper = _mm256_unpackhi_epi32(lanes01, lanes23);
 }
 
-void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t channels,
-                uint8_t* out) {
-  const int64_t words = (channels + binary::WORD - 1) / binary::WORD, vectors = (blocks + 1) / 2;
+void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits, uint8_t* out) {
+  const int64_t words = (bits + binary::WORD - 1) / binary::WORD, vectors = (blocks + 1) / 2;
   const __m256i four = _mm256_set1_epi8(15);
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t k = 0; k < words; ++k) {
-      const int64_t entries = k + 1 < words ? 4 : entries_of(channels - k * binary::WORD);
+      const int64_t entries = k + 1 < words ? 4 : entries_of(bits - k * binary::WORD);
       for (int64_t j = 0; j < vectors; ++j) {
         const uint32_t* first = weights + 2 * j * block_words + (t * words + k) * LANES;
         const uint32_t* second = 2 * j + 1 < blocks ? first + block_words : nullptr;

@@ -1,4 +1,4 @@
-"""Convolutions of 1-bit activations with 1-bit weights, without a multiplication."""
+"""Convolutions of activations of 1 bit with weights of 1 bit, and of 2 bits with 2 bits: without a multiplication."""
 
 import ctypes
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
-from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
+from bitorch_engine.ops.cpu.quantize import quantize_activation
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
 
-_arranged_words = function("be_binary_arranged_words", POINTER, result=INT64)
-_arrange = function("be_binary_arrange", POINTER, POINTER, POINTER, INT)
-_conv = function("be_binary_conv", *[POINTER] * 8)
+_arranged_words = function("be_binary_arranged_words", POINTER, INT, result=INT64)
+_arrange = function("be_binary_arrange", POINTER, INT, POINTER, POINTER, INT)
+_has = function("be_binary_has", POINTER, INT, result=INT)
+_conv = function("be_binary_conv", *[POINTER] * 9)
 
 _DEEPEST = 1 << 22  # products a result: float32 holds every total
 _FEWEST = 12  # channels of a group: with fewer, most of a 32-bit word is empty, and bytes are faster on every ISA
@@ -31,6 +33,7 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         ("geometry", Geometry),
+        ("bits", ctypes.c_int64),
         ("codes", ctypes.c_int64),
         ("x_dtype", ctypes.c_int64),
         ("x_strides", _Strides),
@@ -44,6 +47,24 @@ def suits(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[i
     """Whether this is the kernel for activations of ``shape`` and that geometry."""
     _, _, _, transposed, *_ = fields
     return a_bit == 1 and w_bit == 1 and not transposed and weight_shape[1] >= _FEWEST
+
+
+def suits_pairs(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[int], *fields: Any) -> bool:
+    """The same for 2 bits: only where products are looked up. For inference: to arrange the weight takes a while."""
+    _, _, _, transposed, *_ = fields
+    if a_bit != 2 or w_bit != 2 or transposed or weight_shape[1] < _FEWEST or len(shape) > 5:
+        return False
+    return _are_looked_up(tuple(shape), tuple(weight_shape), hashable(fields), current_isa())
+
+
+@lru_cache(maxsize=1024)
+def _are_looked_up(shape: tuple[int, ...], weight_shape: tuple[int, ...], fields: tuple[Any, ...], isa: str) -> bool:
+    c = Convolution(*fields)
+    out = c.output_shape(shape, weight_shape)
+    if isa != "avx2" or min(*shape, *out) < 1:
+        return False
+    place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out)
+    return bool(_has(place.address, 2))
 
 
 class _Problem:
@@ -60,12 +81,14 @@ class _Problem:
         dtype: torch.dtype,
         channels_last: bool,
         thread_count: int,
+        bits: int,
     ) -> None:
         c = convolution
         self.out = out
         self.strides = new_output(torch.empty(0, device="meta"), out, dtype, channels_last).stride()
         self.arguments = _Arguments(
             geometry(shape, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out),
+            bits,
             not x_strides,
             DTYPES[x_dtype],
             _five(x_strides or (0,) * len(shape)),
@@ -74,19 +97,20 @@ class _Problem:
             thread_count,
         )
         self.address = ctypes.addressof(self.arguments)
-        self.order = ("binary", weight_shape, c.groups)  # what the order of the weights depends on
+        self.order = ("binary", bits, weight_shape, c.groups)  # what the order of the weights depends on
 
     def arrange(self, packed: Tensor) -> Tensor:
         """The weight in the kernel's order."""
-        place = ctypes.addressof(self.arguments.geometry)
-        weights = torch.empty(_arranged_words(place), dtype=torch.int32)
-        _arrange(place, packed.data_ptr(), weights.data_ptr(), self.arguments.threads)
+        place, bits = ctypes.addressof(self.arguments.geometry), self.arguments.bits
+        weights = torch.empty(_arranged_words(place, bits), dtype=torch.int32)
+        _arrange(place, bits, packed.data_ptr(), weights.data_ptr(), self.arguments.threads)
         return weights
 
     def run(
         self,
         x: Tensor,
         scale: Tensor,
+        low: Tensor,
         packed: Tensor,
         channel_scale: Tensor,
         bias: Tensor | None,
@@ -103,6 +127,7 @@ class _Problem:
             self.address,
             x.data_ptr(),
             scale.data_ptr(),
+            low.data_ptr(),
             weights.data_ptr(),
             channel_scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -122,6 +147,7 @@ def _problem(
     dtype: torch.dtype,
     thread_count: int,
     channels_last: bool | None = None,
+    bits: int = 1,
 ) -> _Problem | None:
     """x_strides: empty where x are codes, and then channels_last is given. None for what the kernel does not have."""
     if channels_last is None:
@@ -130,7 +156,7 @@ def _problem(
     out = tuple(convolution.output_shape(shape, weight_shape))
     if {x_dtype, dtype} - DTYPES.keys() or len(shape) > 5 or prod(weight_shape[1:]) > _DEEPEST or min(*shape, *out) < 1:
         return None
-    return _Problem(shape, out, weight_shape, convolution, x_dtype, x_strides, dtype, channels_last, thread_count)
+    return _Problem(shape, out, weight_shape, convolution, x_dtype, x_strides, dtype, channels_last, thread_count, bits)
 
 
 def conv(
@@ -145,12 +171,19 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
-    """The op ``conv`` for what ``suits``."""
+    """The op ``conv`` for what ``suits``, or ``suits_pairs``."""
     dtype = x.dtype
+    if a_bit == 2:
+        key = (tuple(x.shape), tuple(weight_shape), hashable(fields))
+        problem = _problem(*key, torch.float32, (), dtype, threads(), is_channels_last(x), 2)
+        if problem is not None:
+            codes, _, poison = quantize_activation(x, scale, low, 2)
+            return problem.run(codes, scale, low, packed, channel_scale, bias, poison, dtype, keep=True)
+        return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     problem = _problem(x.shape, tuple(weight_shape), hashable(fields), dtype, x.stride(), dtype, threads())
     if problem is None:
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
-    return problem.run(x, scale, packed, channel_scale, bias, None, dtype, keep=True)
+    return problem.run(x, scale, low, packed, channel_scale, bias, None, dtype, keep=True)
 
 
 def conv_codes(
@@ -173,7 +206,7 @@ def conv_codes(
     if problem is None:
         head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
         return reference.conv_codes(*head, weight_shape, *rest)
-    return problem.run(codes, scale, packed, channel_scale, None, poison, dtype, keep=False)
+    return problem.run(codes, scale, low, packed, channel_scale, None, poison, dtype, keep=False)
 
 
 def _five(strides: Sequence[int]) -> Any:

@@ -193,7 +193,8 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
-    if a_bit == 1 and binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
+    suits = binary.suits if a_bit == 1 else binary.suits_pairs
+    if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
         return binary.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     found = _problem(
         _FLOATS,

@@ -1,4 +1,4 @@
-"""Products of signs on packed bits equal torch's convolution of signs in float64, with true zero padding."""
+"""Products of signs, and of 2-bit codes, on packed bits are torch's convolution in float64, with true zero padding."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -244,6 +244,69 @@ def test_weights_that_change_are_arranged_anew() -> None:
     o.convolve(x)
     o.packed.copy_(other.packed)
     assert torch.equal(o.convolve(x), o._replace(weight=other.weight).expected(x, None))
+
+
+looks_up_pairs = pytest.mark.skipif("avx2" not in cpu.available_isas(), reason="2 bits are looked up by AVX2")
+
+
+def convolve_pairs(case: Case, codes: Tensor, weight: Tensor, low: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By the kernel and by torch: codes low .. low + 3 and -2 .. 1. Scales are powers of two: nothing rounds."""
+    scale, channel_scale = torch.tensor(0.5), torch.full((case.weight[0],), 0.25)
+    x = (codes * scale).float()
+    packed = pack((weight + 2).to(torch.uint8), 2)
+    with cpu.cap_isa("avx2"):
+        assert binary.suits_pairs(x.shape, 2, 2, *case.geometry)
+        y = ops.conv(x, scale, torch.tensor(low), 2, packed, channel_scale, 2, bias, *case.geometry)
+    wanted = case.products(codes, weight).float() * 0.125
+    return y, wanted if bias is None else wanted + bias.view(-1, *[1] * (x.dim() - 2))
+
+
+@looks_up_pairs
+@pytest.mark.parametrize("low", [0.0, -2.0])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.weight[1] >= 12])
+def test_products_of_two_bits_are_those_of_torch(name: str, low: float) -> None:
+    case = CASES[name]
+    if name == "linear-of-one-row":
+        case = case._replace(shape=(6, *case.shape[1:]))
+    codes = torch.randint(0, 4, case.shape).double() + low
+    weight = torch.randint(-2, 2, case.weight).double()
+    for bias in (None, torch.randn(case.weight[0])):
+        for order in (codes, channels_last(codes)):
+            y, wanted = convolve_pairs(case, order, weight, low, bias)
+            assert torch.equal(y, wanted)
+
+
+@looks_up_pairs
+@pytest.mark.parametrize("low", [0.0, -2.0])
+@pytest.mark.parametrize("channels", [12, 27, 28, 29, 39, 40, 41, 256, 7280])
+def test_the_largest_totals_of_two_bits_fit(channels: int, low: float) -> None:
+    case = Case((7, channels, 1), (40, channels, 1))
+    for code in (low, low + 3):
+        for value in (-2.0, 1.0):
+            codes, weight = torch.full(case.shape, code).double(), torch.full(case.weight, value).double()
+            y, wanted = convolve_pairs(case, codes, weight, low, None)
+            assert torch.equal(y, wanted)
+
+
+@looks_up_pairs
+def test_what_is_too_deep_too_small_or_for_another_processor_is_not_looked_up() -> None:
+    geometry = CASES["linear"].geometry[1:]
+    with cpu.cap_isa("avx2"):
+        assert binary.suits_pairs((7, 7280, 1), 2, 2, [40, 7280, 1], *geometry)
+        assert not binary.suits_pairs((7, 7281, 1), 2, 2, [40, 7281, 1], *geometry)
+        assert not binary.suits_pairs((5, 64, 1), 2, 2, [40, 64, 1], *geometry)
+        assert not binary.suits_pairs((7, 64, 1), 2, 4, [40, 64, 1], *geometry)
+    with cpu.cap_isa("scalar"):
+        assert not binary.suits_pairs((7, 64, 1), 2, 2, [40, 64, 1], *geometry)
+
+
+@looks_up_pairs
+def test_what_is_not_finite_makes_everything_nan_at_two_bits() -> None:
+    case = CASES["3x3"]
+    codes = torch.randint(0, 4, case.shape).double()
+    codes[0, 0, 0, 0] = float("inf")
+    y, _ = convolve_pairs(case, codes, torch.ones(case.weight).double(), 0.0, None)
+    assert y.isnan().all()
 
 
 def test_the_op_takes_this_kernel_for_signs_only() -> None:
