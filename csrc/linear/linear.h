@@ -1,4 +1,13 @@
 // A few rows of float activations times a packed weight: the weight is read once, in the order in which it is stored.
+//
+// Of 1, 2 and 4 bits, a byte of the stream holds 8, 4 or 2 whole values. There the products are those of bytes: columns
+// fall into groups of 512, in each of which the activations become integers, q = rint(x / s), of 24 bits,
+//
+//   q = 65536 * high + 256 * middle + low,   each digit a signed byte,
+//
+// which is as exact as float32 but where a group has values that are far larger than all others. Sums of index * digit are exact, and so is taking
+// lowest_code * digit from them; a sum of a group becomes float, once for each digit, and is multiplied by s.
+// The other widths are unpacked, and multiplied as floats, and so are activations whose digits would not be exact.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +16,46 @@
 
 namespace bitorch_engine {
 
+constexpr int64_t GROUP = 512;       // columns whose activations have one scale
+constexpr int64_t WIDEST = 64;       // bytes of a vector, at most
+constexpr float LARGEST = 8355711;   // 0x7f7f7f: the largest number whose digits are signed bytes
+
+static inline bool has_whole_values(int bits) { return bits == 1 || bits == 2 || bits == 4; }
+
+// One row of activations, as a kernel with vectors of `width` bytes reads it. Of every group:
+//   digits       [vector of `width` packed bytes][position of a value in its byte][low, middle, high][width]
+//   corrections  [low, middle, high][16]: the lowest code times the sum of the digits that a 32-bit lane adds
+//   scales       s, s * 256, s * 65536
+struct Digits {
+  int8_t* digits;
+  int32_t* corrections;
+  float* scales;
+  int64_t columns;
+};
+
+// Returns false where a value is not finite or tiny, or where rounding to digits moves x by more than eight times what
+// rounding to float32 does: about half as many times as sums of float32 are off.
+using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
+
+// sums[r] = sum over k of code[r][k] * x[k] for `count` rows, which are row_bytes apart.
+using DotDigitsFunction = void (*)(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits,
+                                   const Digits& x, float* sums);
+
 // sum over k of code[k] * x[k], where the codes are a packed stream of `bits` bits each; count a multiple of 8.
 using DotFunction = float (*)(const uint8_t* packed, const float* x, int64_t count, int bits);
 
-float dot_scalar(const uint8_t* packed, const float* x, int64_t count, int bits);
-float dot_avx512(const uint8_t* packed, const float* x, int64_t count, int bits);
+#define BE_LINEAR(isa)                                                                                         \
+  bool split_digits_##isa(const float* x, int bits, const Digits& to);                                         \
+  void dot_digits_##isa(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits, const Digits& x,    \
+                        float* sums);                                                                          \
+  float dot_##isa(const uint8_t* packed, const float* x, int64_t count, int bits);
+BE_LINEAR(scalar)
+BE_LINEAR(avx2)
+BE_LINEAR(avx512)
+#undef BE_LINEAR
 
+extern const Kernel<SplitDigitsFunction> split_digits_kernel;
+extern const Kernel<DotDigitsFunction> dot_digits_kernel;
 extern const Kernel<DotFunction> dot_kernel;
 
 }  // namespace bitorch_engine

@@ -32,6 +32,8 @@ const Row kernels[] = {
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),
+    split_digits_kernel.row(),
+    dot_digits_kernel.row(),
     dot_kernel.row(),
     update_kernel.row(),
     mean_square_kernel.row(),

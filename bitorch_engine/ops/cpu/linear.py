@@ -15,7 +15,7 @@ from bitorch_engine.ops.reference.conv import Convolution
 
 _linear = function("be_linear", POINTER, INT64, POINTER, POINTER, POINTER, INT64, INT64, INT, POINTER, INT)
 
-_FEW = 4
+_FEW = 8
 """Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
 
 BLOCK = 1 << 20

@@ -70,15 +70,51 @@ def test_conv(bits: int, groups: int, transposed: bool, rows_at_a_time: int, mon
     _assert_near(out, expected, size)
 
 
-@pytest.mark.parametrize("isa", cpu.available_isas())
+def _errors(found: Tensor, x: Tensor, weight: Tensor) -> tuple[float, float]:
+    """How far found and torch's float32 product are from the float64 one, as root mean squares."""
+    wanted, by_torch = F.linear(x.double(), weight), F.linear(x, weight.float())
+    errors = [float((y.double() - wanted).square().mean().sqrt()) for y in (found, by_torch)]
+    return errors[0], errors[1]
+
+
+each_isa = pytest.mark.parametrize("isa", cpu.available_isas())
+
+
+@each_isa
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [8, 64, 72, 1000, 4104])
-def test_few_rows_on_every_instruction_set(isa: str, bits: int, columns: int) -> None:
-    packed = ops.pack(torch.randint(0, 1 << bits, (5 * columns,), dtype=torch.uint8), bits)
-    scale, bias, x = torch.rand(5), torch.randn(5), torch.randn(3, columns)
+def test_few_rows_are_as_near_as_torch(isa: str, bits: int, columns: int) -> None:
+    packed, scale, weight = _weight(137, columns, bits)
+    x = torch.randn(3, columns)
     with cpu.cap_isa(isa):
-        found = ops.linear_weight_only(x, packed, scale, bits, bias, columns)
-    weight = ops.dequantize(packed, scale, bits, columns, torch.float64)
-    wanted = F.linear(x.double(), weight, bias.double())
-    terms = F.linear(x.double().abs(), weight.abs(), bias.double().abs())
-    assert bool(((found.double() - wanted).abs() <= 2e-6 * terms).all())
+        found = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, columns)
+        ours, theirs = _errors(found, x, weight)
+        assert ours <= 2 * theirs
+        bias = torch.randn(137)
+        assert torch.equal(ops.linear_weight_only(x, packed, scale.view(-1), bits, bias, columns), found + bias)
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1e-42, 1e-20, 1.0, 1e30])
+def test_a_few_large_activations_among_small_ones(isa: str, bits: int, size: float) -> None:
+    packed, scale, weight = _weight(137, 1032, bits)
+    x = torch.randn(3, 1032) * size
+    x[:, ::100] *= 300
+    x[1, 512:] = 0
+    with cpu.cap_isa(isa):
+        ours, theirs = _errors(ops.linear_weight_only(x, packed, scale.view(-1), bits, None, 1032), x, weight)
+    assert ours <= 2 * theirs
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_not_finite_give_what_torch_gives(isa: str, bits: int, odd: float) -> None:
+    packed, scale, weight = _weight(21, 520, bits)
+    x = torch.randn(2, 520)
+    x[1, 515] = odd
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, 520)
+    wanted = F.linear(x, weight.float())
+    torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-5, atol=1e-5 * 2**bits)

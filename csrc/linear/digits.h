@@ -1,0 +1,72 @@
+// Activations as integers of three bytes, for vectors of WIDTH bytes. Included once per instruction set, so that the
+// compiler uses its vectors.
+#include <cmath>
+#include <cstring>
+
+#include "linear/linear.h"
+#include "qconv/qconv.h"
+
+namespace bitorch_engine {
+namespace {
+
+// Positive floats compare as their bits do, and what is not finite is above all numbers.
+inline float largest_size(const float* x) {
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < GROUP; ++k) {
+    uint32_t size;
+    std::memcpy(&size, x + k, 4);
+    size &= 0x7fffffff;
+    largest = size > largest ? size : largest;
+  }
+  float value;
+  std::memcpy(&value, &largest, 4);
+  return value;
+}
+
+template <int64_t WIDTH>
+bool split_digits(const float* x, int bits, const Digits& to) {
+  const int64_t per_byte = 8 / bits, vectors = GROUP / per_byte / WIDTH;
+  int8_t* out = to.digits;
+  int32_t* corrections = to.corrections;
+  float* scales = to.scales;
+  float padded[GROUP];
+  int32_t q[GROUP];
+  double noise = 0, energy = 0;
+  for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 48, scales += 3) {
+    const float* values = x + first;
+    if (to.columns - first < GROUP) {
+      std::memset(padded, 0, sizeof padded);
+      std::memcpy(padded, values, (to.columns - first) * sizeof(float));
+      values = padded;
+    }
+    const float largest = largest_size(values);
+    if (!(largest <= 3e38f) || (largest > 0 && largest < 1e-25f)) return false;
+    for (int64_t k = 0; k < GROUP; ++k) energy += static_cast<double>(values[k]) * values[k];
+    const float inverse = largest > 0 ? LARGEST / largest : 0, scale = largest / LARGEST;
+    noise += static_cast<double>(scale) * scale / 12 * (to.columns - first < GROUP ? to.columns - first : GROUP);
+    scales[0] = scale;
+    scales[1] = scale * 256;
+    scales[2] = scale * 65536;
+    for (int64_t k = 0; k < GROUP; ++k) {
+      const float rounded = std::nearbyint(values[k] * inverse);
+      q[k] = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
+    }
+    int32_t sums[48] = {};
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int64_t j = 0; j < per_byte; ++j, out += 3 * WIDTH)
+        for (int64_t i = 0; i < WIDTH; ++i) {
+          const int32_t value = q[(v * WIDTH + i) * per_byte + j];
+          const int32_t above = (value + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
+          const int32_t all[3] = {value - above * 256, above - high * 256, high};
+          for (int d = 0; d < 3; ++d) {
+            out[d * WIDTH + i] = static_cast<int8_t>(all[d]);
+            sums[16 * d + i / 4] += all[d];
+          }
+        }
+    for (int i = 0; i < 48; ++i) corrections[i] = sums[i] * lowest_code(bits);
+  }
+  return noise <= 64 * 0x1p-48 * energy;
+}
+
+}  // namespace
+}  // namespace bitorch_engine
