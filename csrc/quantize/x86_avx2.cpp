@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "quantize/quantize.h"
 #include "runtime/transpose.h"
 
@@ -97,20 +99,43 @@ struct Run {
                                    : blocks_for<FLOAT16>(rule.bits == 1, with_beyond)) {}
 
   bool operator()(const void* x, int64_t start, int64_t count, uint8_t* out, uint8_t* beyond) const {
-    int64_t whole = count & ~int64_t{31};
-    if (blocks(x, start, whole, vectors, out, beyond)) whole = 0;  // rare
-    if (whole == count) return false;
-    const uint8_t* rest = static_cast<const uint8_t*>(x) + (start + whole) * (dtype == FLOAT32 ? 4 : 2);
-    return quantize_activation_scalar(rest, dtype, count - whole, 1, 1, count - whole, rule, out + whole, count - whole,
-                                      beyond ? beyond + whole : nullptr);
+    const int64_t size = dtype == FLOAT32 ? 4 : 2, whole = count & ~int64_t{31};
+    bool odd = blocks(x, start, whole, vectors, out, beyond);
+    if (whole < count && whole > 0) {  // the last block begins earlier, and does some again
+      const int64_t last = count - 32;
+      odd |= blocks(x, start + last, 32, vectors, out + last, beyond ? beyond + last : nullptr);
+    } else if (whole < count) {
+      alignas(32) uint8_t values[32 * 4] = {}, codes[32], outside[32];
+      std::memcpy(values, static_cast<const uint8_t*>(x) + start * size, count * size);
+      odd |= blocks(values, 0, 32, vectors, codes, outside);
+      std::memcpy(out, codes, count);
+      if (beyond) std::memcpy(beyond, outside, count);
+    }
+    if (!odd) return false;
+    const uint8_t* first = static_cast<const uint8_t*>(x) + start * size;
+    return quantize_activation_scalar(first, dtype, count, 1, 1, count, rule, out, count, beyond);
   }
 };
+
+// 16 lines of pixels, `stride` bytes apart, to pixels of `deep` of 16 channels.
+void turn(const uint8_t* lines, int64_t stride, int64_t pixels, int64_t deep, uint8_t* out, int64_t out_stride) {
+  for (int64_t p = 0; p < pixels; p += 16) {
+    const int64_t some = pixels - p < 16 ? pixels - p : 16;
+    if (deep == 16) {
+      transpose_16_bytes(lines + p, stride, out + p * out_stride, out_stride, static_cast<int>(some));
+      continue;
+    }
+    uint8_t turned[16 * 16];
+    transpose_16_bytes(lines + p, stride, turned, 16);
+    for (int64_t i = 0; i < some; ++i) std::memcpy(out + (p + i) * out_stride, turned + 16 * i, deep);
+  }
+}
 
 // Pixels lie together in x, channels in out: 16 lines of pixels become bytes, which are turned.
 bool quantize_planes(const Run& run, const void* x, int64_t channel_stride, int64_t pixels, int64_t channels, uint8_t* out,
                      int64_t out_stride, uint8_t* beyond) {
-  constexpr int64_t PIXELS = 256;
-  alignas(32) uint8_t codes[16 * PIXELS], outside[16 * PIXELS];
+  constexpr int64_t PIXELS = 128;
+  alignas(32) uint8_t codes[16 * PIXELS] = {}, outside[16 * PIXELS] = {};
   bool odd = false;
   for (int64_t p = 0; p < pixels; p += PIXELS) {
     const int64_t wide = pixels - p < PIXELS ? pixels - p : PIXELS;
@@ -118,8 +143,8 @@ bool quantize_planes(const Run& run, const void* x, int64_t channel_stride, int6
       const int64_t deep = channels - c < 16 ? channels - c : 16, to = p * out_stride + c;
       for (int64_t k = 0; k < deep; ++k)
         odd |= run(x, (c + k) * channel_stride + p, wide, codes + k * PIXELS, beyond ? outside + k * PIXELS : nullptr);
-      transpose_bytes(codes, deep, wide, PIXELS, out + to, out_stride);
-      if (beyond) transpose_bytes(outside, deep, wide, PIXELS, beyond + to, out_stride);
+      turn(codes, PIXELS, wide, deep, out + to, out_stride);
+      if (beyond) turn(outside, PIXELS, wide, deep, beyond + to, out_stride);
     }
   }
   return odd;
