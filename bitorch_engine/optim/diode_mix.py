@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
@@ -81,11 +83,18 @@ class DiodeMix(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group(group)
-        work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, p in work:
-            check_finite(p.grad)
-        for group, p in work:
-            self._step_one(group, p)
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for _, parameters in work:
+            for p in parameters:
+                check_finite(p.grad)
+        for group, parameters in work:
+            together = []
+            for p in parameters:
+                if self._steps_as_torch(group, p):
+                    together.append(p)
+                else:
+                    self._step_one(group, p)
+            self._step_together(group, together)
         return loss
 
     def step_in_backward(self) -> list[RemovableHandle]:
@@ -104,7 +113,10 @@ class DiodeMix(torch.optim.Optimizer):
                 if p.grad is None:
                     return
                 check_finite(p.grad)
-                self._step_one(group, p)
+                if self._steps_as_torch(group, p):
+                    self._step_together(group, [p])
+                else:
+                    self._step_one(group, p)
                 p.grad = None
 
             return hook
@@ -115,6 +127,48 @@ class DiodeMix(torch.optim.Optimizer):
             for p in group["params"]
             if p.requires_grad
         ]
+
+    def _steps_as_torch(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Whether torch's fused AdamW does what is done with a parameter here: many small ones then cost little."""
+        grad, state = p.grad, self.state[p]
+        return (
+            type(p) is nn.Parameter
+            and p.is_cpu
+            and grad is not None
+            and p.dtype is torch.float32
+            and grad.dtype is torch.float32
+            and p.is_contiguous()
+            and grad.is_contiguous()
+            and group["correct_bias"]
+            and "rank" not in group
+            and ("exp_avg_l" in state if state else not _is_channel_matrix(p, group["memory"]))
+        )
+
+    def _step_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Step parameters for which ``_steps_as_torch``, in one call of torch's fused AdamW."""
+        if not parameters:
+            return
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros(())
+                self.state[p] |= _new_moments(p, p.grad, group["memory"])
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg_l"] for state in states],
+            [state["exp_avg_s"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def _step_one(self, group: dict[str, Any], p: Tensor) -> None:
         """Ask one parameter to step itself. Its gradient has been seen to be finite."""
@@ -176,10 +230,15 @@ class DiodeMix(torch.optim.Optimizer):
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:
     if memory == "channel" and isinstance(p, PackedParameter):
         return {"exp_avg_s": torch.zeros_like(p.channel_scale)}
-    if memory == "channel" and p.dim() >= 2 and p.numel() >= 4096:
+    if _is_channel_matrix(p, memory):
         return {"exp_avg_s": torch.zeros(p.shape[0], *[1] * (p.dim() - 1), device=p.device)}
     dtype = _MOMENT_DTYPES[memory] if isinstance(p, PackedParameter) else torch.float32
     return {name: ops.new_moment(grad.shape, dtype, grad.device) for name in ("exp_avg_s", "exp_avg_l")}
+
+
+def _is_channel_matrix(p: Tensor, memory: str) -> bool:
+    """Whether a float parameter has one second moment an output channel, and no first."""
+    return memory == "channel" and p.dim() >= 2 and p.numel() >= 4096
 
 
 def _galore_options(group: dict[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,42 @@ class TestFloatParameters:
         optimizers = DiodeMix(ours, **settings), torch.optim.AdamW(theirs, **settings)
         self.assert_equal_steps((ours, optimizers[0]), (theirs, optimizers[1]))
 
+    def test_many_of_any_kind_step_as_each_alone_does(self) -> None:
+        """float32 parameters of a group go together, through torch's fused AdamW; others do not, and nobody sees it."""
+
+        def parameters() -> list[nn.Parameter]:
+            torch.manual_seed(3)
+            dense = [nn.Parameter(torch.randn(shape)) for shape in self.SHAPES]
+            strided = nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+            return [*dense, strided, nn.Parameter(torch.randn(5).double()), PackedParameter(torch.randn(8, 9))]
+
+        together, alone, in_backward = parameters(), parameters(), parameters()
+        optimizers = [DiodeMix([{"params": together[:3]}, {"params": together[3:], "lr": 0.1}])]
+        optimizers += [DiodeMix([p], lr=1e-3 if i < 3 else 0.1) for i, p in enumerate(alone)]
+        hooked = DiodeMix([{"params": in_backward[:3]}, {"params": in_backward[3:], "lr": 0.1}])
+        hooked.step_in_backward()
+        for _ in range(3):
+            factors = [torch.randn(p.shape, dtype=p.dtype) for p in together]
+            for own in (together, alone):
+                for p, factor in zip(own, factors, strict=True):
+                    p.grad = factor.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+            torch.stack([(p * f).sum().double() for p, f in zip(in_backward, factors, strict=True)]).sum().backward()
+        for a, b, c in zip(together, alone, in_backward, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+    def test_a_state_of_another_memory_goes_on(self) -> None:
+        p = nn.Parameter(torch.randn(64, 64))
+        optimizer = DiodeMix([p], memory="channel")
+        for memory in ("channel", "8bit"):
+            optimizer.param_groups[0]["memory"] = memory
+            p.grad = torch.randn(64, 64)
+            optimizer.step()
+        assert optimizer.state[p]["exp_avg_s"].shape == (64, 1)
+        assert int(optimizer.state[p]["step"]) == 2
+
     @pytest.mark.parametrize("memory", MEMORIES)
     def test_memory_is_about_packed_weights_and_large_matrices_only(self, memory: str) -> None:
         ours, theirs = self.pairs(torch.float32)
