@@ -130,6 +130,14 @@ def _fill_(func: Any, x: "PackedParameter", value: Any = 0) -> "PackedParameter"
     return x
 
 
+@_handles(aten.erfinv_.default)
+def _erfinv_(func: Any, x: "PackedParameter") -> "PackedParameter":
+    raise NotImplementedError(
+        "erfinv_ on a packed weight is not supported. torch.nn.init.trunc_normal_ of torch 2.11 calls it; draw into a "
+        "float tensor: weight.quantize_(torch.nn.init.trunc_normal_(torch.empty(weight.shape)))."
+    )
+
+
 def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator that writes. Only the first argument may be packed and written; it is then updated in place."""
     schema = func._schema
