@@ -505,7 +505,7 @@ def _channel_scale(scale: Tensor | float, rows: Tensor) -> Tensor:
         )
     if scale.device.type != "meta" and not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise ValueError("scale must be positive and finite.")
-    return scale.reshape(-1).expand(rows.shape[0]).clone()
+    return scale.reshape(-1).expand(rows.shape[0]).clone(memory_format=torch.contiguous_format)
 
 
 def _pack_residual(levels: Tensor, form: BitFormat) -> Tensor:

@@ -32,7 +32,7 @@ def scaled(codes: Tensor, channel_scale: Tensor, group_size: int) -> Tensor:
     """(rows, columns) codes times the scale of their row or group: float32."""
     rows, columns = codes.shape
     size = group_size or columns
-    scale = channel_scale.float().reshape(rows, -1, 1)
+    scale = channel_scale.float().reshape(rows, columns // group_size if group_size else 1, 1)
     return (codes.float().view(rows, scale.shape[1], size) * scale).view(rows, columns)
 
 

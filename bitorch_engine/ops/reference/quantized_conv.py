@@ -165,7 +165,7 @@ def conv_grad_input(
         lambda g, w: geometry.grad_input(g, w, shape),
         grad_codes.movedim(-1, 1),
         weight,
-        (weight.numel() // shape[1]) << (w_bit - 1 + 8),
+        (weight.numel() // max(1, shape[1])) << (w_bit - 1 + 8),
     )
     return in_memory_format((total.to(torch.float32) * grad_scale).to(dtype), channels_last)
 

@@ -303,3 +303,18 @@ def test_training_lowers_the_loss_and_moves_codes(kind: str) -> None:
         losses.append(loss.item())
     assert min(losses[-5:]) < 0.7 * losses[0]
     assert not torch.equal(model[0].weight.codes, before)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("settings", [*SETTINGS, {"a_bit": 8, "g_bit": 8}], ids=str)
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (0, 0)], ids=str)
+def test_a_layer_without_inputs_or_outputs_computes_and_steps(sizes: tuple[int, int], settings: dict[str, Any]) -> None:
+    layer = nBitLinear(*sizes, **settings)
+    x = torch.randn(2, sizes[0], requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, layer.bias.detach().expand(2, -1))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(2, sizes[0]))
+    assert layer.weight.grad.shape == layer.weight.shape
+    DiodeMix(layer.parameters()).step()
+    assert layer.weight.dequantize().shape == layer.weight.shape
