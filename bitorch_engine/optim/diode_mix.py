@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import chain, groupby
-from operator import itemgetter
+from itertools import chain
 from typing import Any
 
 import torch
@@ -148,14 +147,13 @@ class DiodeMix(torch.optim.Optimizer):
         """Step parameters for which ``_steps_as_torch``, in one call of torch's fused AdamW."""
         if not parameters:
             return
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros(())
-                self.state[p] |= _new_moments(p, p.grad, group["memory"])
-        states = [self.state[p] for p in parameters]
+        states, grads = [self.state[p] for p in parameters], [p.grad for p in parameters if p.grad is not None]
+        for state, p, grad in zip(states, parameters, grads, strict=True):
+            if not state:
+                state |= {"step": torch.zeros(())} | _new_moments(p, grad, group["memory"])
         adamw(
             parameters,
-            [p.grad for p in parameters if p.grad is not None],
+            grads,
             [state["exp_avg_l"] for state in states],
             [state["exp_avg_s"] for state in states],
             [],

@@ -364,7 +364,13 @@ static inline float mean_square_here(const void* grad, int bf16, float factor, i
       const auto value = S::mul(S::load(values + at), factors);
       return S::mul(value, value);
     };
-    for (; i + S::width <= both; i += S::width) S::store(scratch + i, S::add(squares(i), squares(half + i)));
+    for (; i + S::width <= both; i += S::width) {
+      S::store(scratch + i, S::add(squares(i), squares(half + i)));
+      if (i % 16 == 0) {  // of the next row, where the processor does not yet guess
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values + i) + 4 * count), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values + half + i) + 4 * count), 0, 2);
+      }
+    }
     for (; i < both; ++i) scratch[i] = square(i) + square(half + i);
     for (; i + S::width <= half; i += S::width) S::store(scratch + i, squares(i));
   }
