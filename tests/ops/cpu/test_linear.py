@@ -48,28 +48,6 @@ def test_opcheck_and_wrong_groups() -> None:
         ops.linear_weight_only(x, packed, scale, 3, None, 16, 5)
 
 
-@pytest.mark.parametrize("rows_at_a_time", [1, 3, 4, 9, 100])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
-def test_conv(bits: int, groups: int, transposed: bool, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(bits)
-    inputs, outputs = 6, 12
-    columns = inputs // groups * 6
-    monkeypatch.setattr(linear, "BLOCK", columns * rows_at_a_time)
-    packed, scale, weight = _weight(outputs, columns, bits)
-    weight = weight.view(groups, outputs // groups, inputs // groups, 2, 3)
-    weight = (weight.transpose(1, 2) if transposed else weight).flatten(0, 1)
-    x, bias = torch.randn(2, inputs, 7, 8), torch.randn(outputs)
-    geometry = ([2, 1], [1, 0], [1, 2], transposed, [0, 0], groups)
-    args = (weight.shape, *geometry, [1, 0, 0, 2])
-    out = linear.conv_weight_only(x, packed, scale.view(-1), bits, bias, *args)
-    padded = F.pad(x, [1, 0, 0, 2]).double()
-    expected = torch.ops.aten.convolution(padded, weight, bias.double(), *geometry)
-    size = torch.ops.aten.convolution(padded.abs(), weight.abs(), None, *geometry)
-    _assert_near(out, expected, size)
-
-
 def _errors(found: Tensor, x: Tensor, weight: Tensor) -> tuple[float, float]:
     """How far found and torch's float32 product are from the float64 one, as root mean squares."""
     wanted, by_torch = F.linear(x.double(), weight), F.linear(x, weight.float())
