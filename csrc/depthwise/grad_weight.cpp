@@ -53,6 +53,10 @@ class Totals {
   int64_t pixels_ = 0;
 };
 
+void copy(const uint8_t* from, int64_t count, uint8_t flip, uint8_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] ^ flip;
+}
+
 }  // namespace
 }  // namespace bitorch_engine
 
@@ -92,8 +96,7 @@ BE_EXPORT void be_depthwise_grad_weight(const Geometry* geometry, int rows_are_g
           for (int64_t x = 0; x < width; x += longest) {
             const int64_t some = std::min(longest, width - x);
             const uint8_t* from = rows + (((sample * p.result[0] + z) * p.result[1] + y) * width + x) * channels;
-            for (int64_t i = 0; i < some; ++i)
-              for (int64_t c = 0; c < channels; ++c) line[i * lanes + c] = from[i * channels + c] ^ flip;
+            for (int64_t i = 0; i < some; ++i) copy(from + i * channels, channels, flip, line.get() + i * lanes);
             int32_t* sums = mine.of_next(some);
             const uint8_t* base = slab.bytes() + bands.base(z, y, first) + x * p.base_step[2] * Slab::pixel_bytes(p);
             for (int64_t b = 0; b < blocks; ++b)
@@ -104,8 +107,10 @@ BE_EXPORT void be_depthwise_grad_weight(const Geometry* geometry, int rows_are_g
   });
 
   std::vector<int64_t> all(blocks * block_sums);
-  for (Totals& part : totals)
-    for (size_t i = 0; i < all.size(); ++i) all[i] += part.exact()[i];
+  for (Totals& part : totals) {
+    const std::vector<int64_t>& exact = part.exact();
+    for (size_t i = 0; i < all.size(); ++i) all[i] += exact[i];
+  }
   for (int64_t lane = 0; lane < channels; ++lane) {
     const int64_t* sums = all.data() + lane / LANE_BLOCK * block_sums + lane % LANE_BLOCK;
     for (int64_t c = 0; c < p.image_channels; ++c)
