@@ -3,7 +3,9 @@
 #include <memory>
 
 #include "bits/bits.h"
+#include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/transpose.h"
 
 namespace bitorch_engine {
 
@@ -17,7 +19,7 @@ const Kernel<StraightThroughFunction> straight_through_kernel{"gradient.straight
 
 namespace {
 
-constexpr int64_t PIXELS = 32;  // of a plane that are put in channels-last order at a time
+constexpr int64_t PIXELS = 256;  // of a plane that are put in channels-last order, or taken out of it, at a time
 
 int64_t lines_per_thread(int64_t length) { return 1 + (1 << 14) / (length + 1); }
 
@@ -65,16 +67,21 @@ BE_EXPORT void be_gradient_round(const float* x, int64_t samples, int64_t channe
   }
   const int64_t blocks = (pixels + PIXELS - 1) / PIXELS;
   parallel_for(samples * blocks, lines_per_thread(channels * PIXELS), threads, [=](int64_t first, int64_t last) {
-    int8_t plane[PIXELS];
+    constexpr int64_t LINES = 16;
+    uint8_t lines[LINES * PIXELS];
     for (int64_t b = first; b < last; ++b) {
       const int64_t sample = b / blocks, start = b % blocks * PIXELS, some = std::min(PIXELS, pixels - start);
-      int8_t* to = codes + (sample * pixels + start) * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t index = (sample * channels + c) * pixels + start;
-        const Rounding rounding{factor ? factor + c : nullptr, 0, inverse + (by_channel ? c : sample), 0,
-                                static_cast<float>(limit), seed};
-        kernel(x + index, some, rounding, static_cast<uint64_t>(index), 1, plane);
-        for (int64_t i = 0; i < some; ++i) to[i * channels + c] = plane[i];
+      uint8_t* to = reinterpret_cast<uint8_t*>(codes) + (sample * pixels + start) * channels;
+      for (int64_t c0 = 0; c0 < channels; c0 += LINES) {
+        const int64_t deep = std::min(LINES, channels - c0);
+        for (int64_t c = c0; c < c0 + deep; ++c) {
+          const int64_t index = (sample * channels + c) * pixels + start;
+          const Rounding rounding{factor ? factor + c : nullptr, 0, inverse + (by_channel ? c : sample), 0,
+                                  static_cast<float>(limit), seed};
+          kernel(x + index, some, rounding, static_cast<uint64_t>(index), 1,
+                 reinterpret_cast<int8_t*>(lines + (c - c0) * PIXELS));
+        }
+        transpose_bytes(lines, deep, some, PIXELS, to + c0, channels);
       }
     }
   });
@@ -106,18 +113,18 @@ BE_EXPORT double be_straight_through(const float* grad, int64_t samples, int64_t
   const int64_t blocks = (pixels + PIXELS - 1) / PIXELS;
   const std::unique_ptr<double[]> sums(new double[samples * blocks]);
   parallel_for(samples * blocks, lines_per_thread(channels * PIXELS), threads, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<uint8_t[]> index(new uint8_t[PIXELS * channels]), outside(new uint8_t[PIXELS * channels]);
-    uint8_t index_plane[PIXELS], outside_plane[PIXELS];
+    const Buffer<uint8_t> values = new_buffer<uint8_t>(PIXELS * channels), index = new_buffer<uint8_t>(PIXELS * channels),
+                          outside = new_buffer<uint8_t>(PIXELS * channels);
     for (int64_t b = first; b < last; ++b) {
       const int64_t sample = b / blocks, start = b % blocks * PIXELS, some = std::min(PIXELS, pixels - start);
-      unpack_range(codes, (sample * pixels + start) * channels, some * channels, bits, index.get());
-      unpack_range(beyond, (sample * pixels + start) * channels, some * channels, 1, outside.get());
+      unpack_range(codes, (sample * pixels + start) * channels, some * channels, bits, values.get());
+      transpose_bytes(values.get(), some, channels, channels, index.get(), PIXELS);
+      unpack_range(beyond, (sample * pixels + start) * channels, some * channels, 1, values.get());
+      transpose_bytes(values.get(), some, channels, channels, outside.get(), PIXELS);
       sums[b] = 0;
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = 0; i < some; ++i) index_plane[i] = index[i * channels + c];
-        for (int64_t i = 0; i < some; ++i) outside_plane[i] = outside[i * channels + c];
         const int64_t place = (sample * channels + c) * pixels + start;
-        sums[b] += kernel(grad + place, index_plane, outside_plane, some, low, bits, out + place);
+        sums[b] += kernel(grad + place, index.get() + c * PIXELS, outside.get() + c * PIXELS, some, low, bits, out + place);
       }
     }
   });
