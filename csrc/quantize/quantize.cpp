@@ -5,7 +5,9 @@
 #include <memory>
 
 #include "bits/bits.h"
+#include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/transpose.h"
 
 namespace bitorch_engine {
 
@@ -52,16 +54,35 @@ BE_EXPORT void be_quantize_activation(const void* x, int dtype, int64_t samples,
   *poison = odd ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
 }
 
-// The values (index * step + low) * scale of a packed stream of codes, in its order.
-BE_EXPORT void be_activation_values(const uint8_t* codes, int64_t total, const float* scale, const float* low, int bits,
-                                    float* out, int threads) {
+// The values (index * step + low) * scale of a packed stream of codes in channels-last order.
+// out: (samples, pixels, channels) where channels_last, else (samples, channels, pixels).
+BE_EXPORT void be_activation_values(const uint8_t* codes, int64_t samples, int64_t channels, int64_t pixels,
+                                    int channels_last, const float* scale, const float* low, int bits, float* out,
+                                    int threads) {
   const float step = bits == 1 ? 2.0f : 1.0f, lowest = *low, factor = *scale;
-  parallel_for(total, 1 << 14, threads, [=](int64_t first, int64_t last) {
-    uint8_t index[2048];
-    for (int64_t start = first; start < last; start += 2048) {
-      const int64_t some = std::min<int64_t>(2048, last - start);
-      unpack_range(codes, start, some, bits, index);
-      for (int64_t i = 0; i < some; ++i) out[start + i] = (static_cast<float>(index[i]) * step + lowest) * factor;
+  const auto convert = [=](const uint8_t* index, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = (static_cast<float>(index[i]) * step + lowest) * factor;
+  };
+  if (channels_last) {
+    parallel_for(samples * channels * pixels, 1 << 14, threads, [=](int64_t first, int64_t last) {
+      uint8_t index[2048];
+      for (int64_t start = first; start < last; start += 2048) {
+        const int64_t some = std::min<int64_t>(2048, last - start);
+        unpack_range(codes, start, some, bits, index);
+        convert(index, some, out + start);
+      }
+    });
+    return;
+  }
+  const int64_t block = 256, blocks = (pixels + block - 1) / block;
+  parallel_for(samples * blocks, 1 + (1 << 14) / (channels * block + 1), threads, [=](int64_t first, int64_t last) {
+    const Buffer<uint8_t> index = new_buffer<uint8_t>(block * channels), lines = new_buffer<uint8_t>(block * channels);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t sample = b / blocks, start = b % blocks * block, some = std::min(block, pixels - start);
+      unpack_range(codes, (sample * pixels + start) * channels, some * channels, bits, index.get());
+      transpose_bytes(index.get(), some, channels, channels, lines.get(), block);
+      for (int64_t c = 0; c < channels; ++c)
+        convert(lines.get() + c * block, some, out + (sample * channels + c) * pixels + start);
     }
   });
 }

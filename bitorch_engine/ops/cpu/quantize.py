@@ -14,7 +14,7 @@ from bitorch_engine.ops.reference.layout import channels_last_shape, is_channels
 _quantize = function(
     "be_quantize_activation", POINTER, INT, *[INT64] * 3, INT, POINTER, POINTER, INT, *[POINTER] * 3, INT
 )
-_values = function("be_activation_values", POINTER, INT64, POINTER, POINTER, INT, POINTER, INT)
+_values = function("be_activation_values", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, POINTER, INT)
 _dequantize = function("be_dequantize", POINTER, INT64, INT64, POINTER, INT, POINTER, INT)
 _largest = function("be_gradient_largest", POINTER, *[INT64] * 3, INT, POINTER, INT)
 _round = function("be_gradient_round", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, INT, INT, POINTER, INT)
@@ -48,12 +48,18 @@ def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tup
 def activation_values(
     codes: Tensor, scale: Tensor, low: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    values = torch.empty(channels_last_shape(shape), dtype=torch.float32)
-    _values(codes.data_ptr(), values.numel(), scale.data_ptr(), low.data_ptr(), bits, values.data_ptr(), threads())
-    out = values.movedim(-1, 1)
-    if channels_last and dtype == values.dtype:
-        return out
-    return new_output(out, shape, dtype, channels_last).copy_(out)
+    values = new_output(codes, shape, torch.float32, channels_last)
+    _values(
+        codes.data_ptr(),
+        *_sizes(values),
+        channels_last,
+        scale.data_ptr(),
+        low.data_ptr(),
+        bits,
+        values.data_ptr(),
+        threads(),
+    )
+    return values if dtype == values.dtype else new_output(codes, shape, dtype, channels_last).copy_(values)
 
 
 def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
