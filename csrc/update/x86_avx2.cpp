@@ -5,6 +5,27 @@
 namespace bitorch_engine {
 namespace {
 
+// Where the bits of 128 packed values of `bits` bits are, 32 at a time: 16 to each half of a vector, in two words of eight.
+struct alignas(32) Windows {
+  uint8_t bytes[4][2][32];  // two bytes that hold the value, for each word
+  uint16_t lift[16];        // what brings it to the top of the word
+  int at[8];                // where each half is read: 16 bytes, none of them behind the last one
+
+  constexpr explicit Windows(int bits) : bytes(), lift(), at() {
+    for (int half = 0; half < 8; ++half) {
+      const int start = 2 * bits * half, last = 16 * bits - 16;
+      at[half] = start < last ? start : last;
+      for (int i = 0; i < 32; ++i) {  // word, group of eight and value in it, byte
+        const int value = i / 2 % 8, byte = start - at[half] + i / 16 * bits + value * bits / 8 + i % 2;
+        bytes[half / 2][i / 16][half % 2 * 16 + i % 16] = static_cast<uint8_t>(byte < 16 ? byte : 0x80);
+        lift[half % 2 * 8 + value] = static_cast<uint16_t>(1 << (16 - bits - value * bits % 8));
+      }
+    }
+  }
+};
+template <int bits>
+constexpr Windows windows = Windows(bits);
+
 struct Avx2 {
   using F = __m256;
   using I = __m256i;
@@ -175,14 +196,8 @@ struct Avx2 {
     }
   }
 
-  // Of other widths, 64 values are `bits` words of 64 bits, and eight values a run of 8 * bits bits in them, which pdep
-  // and pext move to and from a byte each.
-  template <int bits>
-  static uint64_t run_of(const uint64_t* words, int run) {
-    const int at = run * 8 * bits, word = at / 64, shift = at % 64;
-    const uint64_t low = words[word] >> shift;
-    return shift + 8 * bits > 64 ? low | words[word + 1] << (64 - shift) : low;
-  }
+  // Of other widths, 64 values are `bits` words of 64 bits, and eight values a run of 8 * bits bits in them, which pext
+  // collects. Values are spread by shuffles: pdep has a single port, and so has pext.
   template <int bits>
   static void add_run(uint64_t* words, int run, uint64_t value) {
     const int at = run * 8 * bits, word = at / 64, shift = at % 64;
@@ -192,25 +207,27 @@ struct Avx2 {
   template <int bits>
   static void read_words(const uint8_t* packed, const uint8_t* residual, uint8_t* levels) {
     constexpr int hidden = 8 - bits;
-    constexpr uint64_t index_mask = repeated((1 << bits) - 1) << hidden, low_mask = repeated((1 << hidden) - 1);
-    for (int i = 0; i < BLOCK; i += 64) {
-      uint64_t index[bits], low[hidden];
-      std::memcpy(index, packed + i / 8 * bits, sizeof index);
-      std::memcpy(low, residual + i / 8 * hidden, sizeof low);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        uint64_t eights[4];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          eights[k] = _pdep_u64(run_of<bits>(index, 4 * half + k), index_mask) |
-                      _pdep_u64(run_of<hidden>(low, 4 * half + k), low_mask);
-        }
-        // In a register: 32 bytes that were stored by eights wait until they are in the cache.
-        const __m256i all = _mm256_setr_epi64x(static_cast<int64_t>(eights[0]), static_cast<int64_t>(eights[1]),
-                                               static_cast<int64_t>(eights[2]), static_cast<int64_t>(eights[3]));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + i + 32 * half), all);
+    const __m256i mask = _mm256_set1_epi16(0xFF << hidden & 0xFF);
+    for (int i = 0; i < 4; ++i) {
+      const __m256i index = load_half_by_half<bits>(packed, i), low = load_half_by_half<hidden>(residual, i);
+      __m256i words[2];
+      for (int k = 0; k < 2; ++k) {
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(lifted<bits>(index, i, k), 8), mask);
+        words[k] = _mm256_or_si256(high, _mm256_srli_epi16(lifted<hidden>(low, i, k), 16 - hidden));
       }
+      const __m256i bytes = _mm256_packus_epi16(words[0], words[1]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(levels + 32 * i), bytes);
     }
+  }
+  template <int bits>
+  static __m256i load_half_by_half(const uint8_t* plane, int i) {
+    return load_apart(plane + windows<bits>.at[2 * i], plane + windows<bits>.at[2 * i + 1]);
+  }
+  template <int bits>
+  static __m256i lifted(__m256i bytes, int i, int k) {
+    const auto window = _mm256_load_si256(reinterpret_cast<const __m256i*>(windows<bits>.bytes[i][k]));
+    const auto lift = _mm256_load_si256(reinterpret_cast<const __m256i*>(windows<bits>.lift));
+    return _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, window), lift);
   }
   template <int bits>
   static void write_words(const uint8_t* levels, uint8_t* packed, uint8_t* residual) {
