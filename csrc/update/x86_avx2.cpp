@@ -119,9 +119,11 @@ struct Avx2 {
     }
   }
   static void store_halves4(uint16_t* p, const F* in) {
-    for (int k = 0; k < 4; ++k) {
-      const F ordered = _mm256_permute2f128_ps(in[k % 2 * 2], in[k % 2 * 2 + 1], k < 2 ? 0x20 : 0x31);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * k), _mm256_cvtps_ph(ordered, _MM_FROUND_TO_NEAREST_INT));
+    for (int k = 0; k < 2; ++k) {
+      const F low = _mm256_permute2f128_ps(in[2 * k], in[2 * k + 1], 0x20);
+      const F high = _mm256_permute2f128_ps(in[2 * k], in[2 * k + 1], 0x31);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * k), _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * k + 16), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
     }
   }
   template <int cut, bool is_signed>
