@@ -30,6 +30,10 @@ IMPLEMENTATIONS: dict[str, str] = {
     "update_": "update",
     "add_": "update",
     "all_within": "update",
+    "conv": "quantized_conv",
+    "conv_codes": "quantized_conv",
+    "conv_grad_input": "quantized_conv",
+    "conv_grad_weight": "grad_weight",
 }
 """One row per op that has a kernel: the file here that holds the function of that name."""
 
