@@ -1,7 +1,8 @@
-"""A repair of Triton's interpreter, which runs the kernels on CPU tensors."""
+"""What Triton's interpreter, which runs the kernels on CPU tensors, needs to be right."""
 
 from typing import Any
 
+import torch
 import triton
 from triton.runtime import interpreter
 
@@ -20,3 +21,8 @@ def repair() -> None:
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
         interpreter._patch_lang_tensor = _patched
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Whether operands of a matrix product are to be made float32: Triton 3.6 interprets bfloat16 as integers there."""
+    return dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret)

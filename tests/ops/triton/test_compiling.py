@@ -31,6 +31,10 @@ LAUNCHES = {
     "grad-weight": ("_sum_products", INT8),
     "grad-weight-of-few-channels": ("_sum_products", INT8),
     "grad-weight-depthwise": ("_sum_directly", r"atom|red"),
+    "linear-of-one-row": ("_multiply_row", r"fma\.rn"),
+    "linear-of-one-row-3-bits": ("_multiply_row", r"fma\.rn"),
+    "linear": ("_multiply", r"wgmma\.mma_async\S*\.f32\.bf16\.bf16"),
+    "linear-in-groups": ("_multiply", r"wgmma\.mma_async\S*\.f32\.bf16\.bf16"),
     "depthwise": ("_convolve_directly", r"mad\.lo"),
 }
 
@@ -62,6 +66,7 @@ def test_tiles_are_fetched_in_words_and_asynchronously(name: str, compiled: dict
 def launches() -> Iterator[tuple[str, Any]]:
     """(name, what to call) for each of LAUNCHES."""
     from bitorch_engine.ops.triton import grad_weight as weight
+    from bitorch_engine.ops.triton import linear as products
     from bitorch_engine.ops.triton import quantized_conv as kernels
 
     def square(stride: int = 1, groups: int = 1) -> tuple[Any, ...]:
@@ -92,6 +97,11 @@ def launches() -> Iterator[tuple[str, Any]]:
         head = (gradients, torch.ones(1, 64, 1, 1), codes, one, low, 8, [8, channels, 23, 23])
         weight.conv_grad_weight(*head, [64, channels // groups, 3, 3], *square(2, groups), torch.float32)
 
+    def linear(count: int, bits: int = 4, group: int = 0) -> None:
+        x, scale = torch.zeros(count, 256, dtype=torch.bfloat16), torch.ones(256, 256 // group if group else 1)
+        codes = torch.zeros(256 * 256 * bits // 8, dtype=torch.uint8)
+        products.linear_weight_only(x, codes, scale if group else scale.view(-1), bits, None, 256, group)
+
     one, zero, low = torch.ones(()), torch.zeros(()), torch.tensor(-128.0)
     yield "conv", lambda: conv(64, [64, 64, 3, 3])
     yield "conv-of-few-channels", lambda: conv(3, [64, 3, 7, 7])
@@ -102,6 +112,10 @@ def launches() -> Iterator[tuple[str, Any]]:
     yield "grad-weight", lambda: grad_weight(64)
     yield "grad-weight-of-few-channels", lambda: grad_weight(3)
     yield "grad-weight-depthwise", lambda: grad_weight(64, 64)
+    yield "linear-of-one-row", lambda: linear(1)
+    yield "linear-of-one-row-3-bits", lambda: linear(1, 3)
+    yield "linear", lambda: linear(512)
+    yield "linear-in-groups", lambda: linear(512, group=128)
     yield "depthwise", lambda: conv(64, [64, 1, 3, 3], 64)
 
 
