@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.triton.bits import load_index, row_of
-from bitorch_engine.ops.triton.floats import widened
+from bitorch_engine.ops.triton.floats import rounded, widened
 
 _BLOCK = 1024
 _ROWS, _COLUMNS = 16, 128
@@ -212,10 +212,7 @@ def _quantize(
     if BITS == 1:
         index = (ratio >= 0).to(tl.int32)
     else:
-        # Far outside the codes nothing changes; within, adding 1.5 * 2**23 rounds to the nearest even integer.
-        near = tl.minimum(tl.maximum(ratio, -65536.0), 65536.0)
-        rounded = (near + 12582912.0) - 12582912.0
-        index = tl.minimum(tl.maximum(rounded - low_code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+        index = tl.minimum(tl.maximum(rounded(ratio) - low_code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
     byte = tl.where(real, _signed_byte(index, low_code, BITS, STEP), _padding(low_code, BITS))
     tl.store(address, byte, mask=write)
     finite = tl.min((tl.abs(value) <= 3.4028234663852886e38).to(tl.int32))
