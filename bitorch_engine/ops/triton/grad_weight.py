@@ -102,9 +102,8 @@ def sum_products(maps: Maps) -> Tensor:
         blocks = triton.cdiv(m.groups * m.rows, 32) * taps * m.columns
         share = _share(pixels, blocks, 64)
         blocks = triton.cdiv(m.groups * m.rows, 32)
-        _sum_directly[(blocks, taps * m.columns, triton.cdiv(pixels, share))](
-            *tensors, *sizes, share, PIXELS=64, CHANNELS=32
-        )
+        grid: tuple[int, ...] = (blocks, taps * m.columns, triton.cdiv(pixels, share))
+        _sum_directly[grid](*tensors, *sizes, share, PIXELS=64, CHANNELS=32)
         return total
     joined = m.columns if m.columns < 32 else 0
     height = min(128, max(16, triton.next_power_of_2(m.rows)))

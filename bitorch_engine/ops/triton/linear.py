@@ -42,7 +42,7 @@ def linear_weight_only(
     words = columns % 32 == 0 and packed.data_ptr() % 4 == 0
     formats = {"BITS": bits, "LOW": form.low, "STEP": form.step}
     if words and count <= _FEW:
-        grid = (triton.cdiv(rows, 16), count)
+        grid: tuple[int, ...] = (triton.cdiv(rows, 16), count)
         tensors = (values, packed.view(torch.int32), scale, bias, out)
         exact = x.dtype == torch.float32
         _multiply_row[grid](*tensors, rows, columns, group_size, **formats, EXACT=exact, ROWS=16, LANES=64)
@@ -52,7 +52,8 @@ def linear_weight_only(
     if count > 16 and triton.cdiv(count, few) * triton.cdiv(rows, many) < 132:
         many = min(64, many)
     tensors = (values, packed.view(torch.int32) if words else packed, scale, bias, out)
-    _multiply[(triton.cdiv(count, few) * triton.cdiv(rows, many),)](
+    grid = (triton.cdiv(count, few) * triton.cdiv(rows, many),)
+    _multiply[grid](
         *tensors,
         count,
         rows,
