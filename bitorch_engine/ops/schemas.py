@@ -76,3 +76,8 @@ linear_weight_only = define(
     linear.linear_weight_only,
     linear.linear_weight_only_fake,
 )
+linear_grad_input = define(
+    "linear_grad_input(Tensor grad, Tensor packed, Tensor channel_scale, int bits, SymInt columns) -> Tensor",
+    linear.linear_grad_input,
+    linear.linear_grad_input_fake,
+)

@@ -36,7 +36,10 @@ class WeightOnlyLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         grad_x = grad_weight = grad_bias = None
-        if need_x:
+        if need_x and isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
+            fields = (weight.packed, weight.channel_scale, weight.w_bit, weight.shape[1])
+            grad_x = ops.linear_grad_input(rows, *fields).view(x.shape)
+        elif need_x:
             # The packed weight itself is the operand, so that gradients of gradients reach it.
             grad_x = (rows @ weight.to(grad.dtype)).view(x.shape)
         if need_weight:

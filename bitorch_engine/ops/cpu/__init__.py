@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,
     "linear_weight_only": linear.linear_weight_only,
+    "linear_grad_input": linear.linear_grad_input,
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 

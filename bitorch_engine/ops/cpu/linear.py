@@ -36,6 +36,16 @@ def linear_weight_only(
     return out
 
 
+def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
+    # Blocks are added up in grad's dtype, which only float32 is wide enough for.
+    if grad.dtype != torch.float32 or grad.numel() == 0 or columns == 0:
+        return reference.linear_grad_input(grad, packed, channel_scale, bits, columns)
+    out = grad.new_zeros(grad.shape[0], columns)
+    for first, last, weight in _blocks(packed, channel_scale.reshape(-1, 1), bits, columns, grad.dtype):
+        out.addmm_(grad[:, first:last], weight)
+    return out
+
+
 def _blocks(
     packed: Tensor, scale: Tensor, bits: int, columns: int, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor]]:

@@ -28,6 +28,20 @@ def linear_weight_only_fake(
     return x.new_empty([*x.shape[:-1], rows])
 
 
+def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
+    """``grad @ (codes * scale)``, the gradient of a linear layer's input, in grad's dtype; weights are rounded to it.
+
+    grad: (M, rows) float.  packed, channel_scale: rows of output channels, ``columns`` codes and one scale each.
+    """
+    rows = channel_scale.numel()
+    codes = bit_format(bits).codes(unpack(packed, bits, rows * columns)).view(rows, columns)
+    return grad @ (codes.float() * channel_scale.float().view(rows, 1)).to(grad.dtype)
+
+
+def linear_grad_input_fake(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
 def scaled(codes: Tensor, channel_scale: Tensor, group_size: int) -> Tensor:
     """(rows, columns) codes times the scale of their row or group: float32."""
     rows, columns = codes.shape

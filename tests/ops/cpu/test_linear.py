@@ -40,6 +40,20 @@ def test_linear(
     _assert_near(out, x.double() @ weight.T + bias, x.double().abs() @ weight.abs().T)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 7), (3, 37, 13), (9, 21, 96), (2, 9, 0)])
+def test_gradient_of_the_input(
+    m: int, n: int, k: int, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "BLOCK", 8 * k)
+    packed, scale, weight = _weight(n, k, bits)
+    grad = torch.randn(n, m).to(dtype).T
+    out = ops.linear_grad_input(grad, packed, scale.view(-1), bits, k)
+    assert out.dtype == dtype
+    _assert_near(out, grad.double() @ weight, grad.double().abs() @ weight.abs())
+
+
 def test_opcheck_and_wrong_groups() -> None:
     packed, scale, _ = _weight(6, 16, 3, 2)
     x = torch.randn(2, 3, 16)
