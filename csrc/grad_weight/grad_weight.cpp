@@ -87,7 +87,8 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
   const int64_t no_steps[3] = {};
   const Image image(p, rows_are_gradient ? SourceKind::CODES : SourceKind::GRADIENT, columns, FLOAT32, 0, 0, no_steps,
                     bits, 1.0f, low, threads);
-  const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low), activation_most = bits == 1 ? 2 : (1 << bits) - 1;
+  const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low);
+  const int64_t activation_most = bits == 1 ? 2 : (1 << bits) - 1;
   const int64_t row_zero = rows_are_gradient ? 128 : activation_zero, column_zero = image.zero();
   const int64_t row_most = rows_are_gradient ? 255 : activation_most, center = (image.largest() + 1) / 2;
   const int64_t row_channels = p.result_channels, column_channels = p.image_channels, taps = p.taps;

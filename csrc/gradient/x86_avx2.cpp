@@ -55,6 +55,27 @@ int64_t round_vectors(const float* x, int64_t count, const Rounding& r, uint64_t
   return i;
 }
 
+// What is the same for all values of a call of straight_through.
+struct Mask {
+  __m256 low, step;
+  __m256i top, sign;  // sign: all ones at 1 bit
+
+  // Eight values: writes what is kept of their gradients, and returns gradient times slope.
+  __m256 operator()(const float* grad, const uint8_t* index, const uint8_t* beyond, float* kept) const {
+    const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    const __m256i outside = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(beyond)));
+    const __m256 g = _mm256_loadu_ps(grad), code = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(at), step), low);
+    const __m256i beyond_it = _mm256_cmpgt_epi32(outside, _mm256_setzero_si256());
+    const __m256i lowest = _mm256_cmpeq_epi32(at, _mm256_setzero_si256()), highest = _mm256_cmpeq_epi32(at, top);
+    const __m256i clipped = _mm256_and_si256(beyond_it, _mm256_or_si256(lowest, highest));
+    const __m256i quarter = _mm256_xor_si256(_mm256_castps_si256(_mm256_set1_ps(0.25f)), _mm256_slli_epi32(beyond_it, 31));
+    const __m256 error = _mm256_castsi256_ps(_mm256_andnot_si256(lowest, quarter));
+    const __m256 slope = _mm256_blendv_ps(error, code, _mm256_castsi256_ps(_mm256_or_si256(sign, clipped)));
+    _mm256_storeu_ps(kept, _mm256_andnot_ps(_mm256_castsi256_ps(clipped), g));
+    return _mm256_mul_ps(g, slope);
+  }
+};
+
 }  // namespace
 
 void largest_by_column_avx2(const float* x, int64_t rows, int64_t columns, float* found) {
@@ -77,8 +98,23 @@ void round_avx2(const float* x, int64_t count, const Rounding& rounding, uint64_
 }
 
 double straight_through_avx2(const float* grad, const uint8_t* index, const uint8_t* beyond, int64_t count, float low,
-                         int bits, float* out) {
-  return straight_through(grad, index, beyond, count, low, bits, out);
+                             int bits, float* out) {
+  const Mask mask{_mm256_set1_ps(low), _mm256_set1_ps(bits == 1 ? 2.0f : 1.0f), _mm256_set1_epi32((1 << bits) - 1),
+                  _mm256_set1_epi32(bits == 1 ? -1 : 0)};
+  const int64_t whole = count / COUNT * COUNT;
+  double sum = 0;
+  for (int64_t start = 0; start < whole; start += COUNT) {
+    __m256 left = _mm256_setzero_ps(), right = _mm256_setzero_ps();
+    for (int64_t i = start; i < start + COUNT; i += VECTOR) {
+      left = _mm256_add_ps(left, mask(grad + i, index + i, beyond + i, out + i));
+      right = _mm256_add_ps(right, mask(grad + i + 8, index + i + 8, beyond + i + 8, out + i + 8));
+    }
+    float lanes[VECTOR];
+    _mm256_storeu_ps(lanes, left);
+    _mm256_storeu_ps(lanes + 8, right);
+    for (float lane : lanes) sum += static_cast<double>(lane);
+  }
+  return straight_through(grad + whole, index + whole, beyond + whole, count - whole, low, bits, out + whole, sum);
 }
 
 }  // namespace bitorch_engine

@@ -12,7 +12,8 @@
 namespace bitorch_engine {
 
 const Kernel<QuantizeActivationFunction> quantize_activation_kernel{
-    "quantize_activation", {quantize_activation_scalar, nullptr, BE_X86(quantize_activation_avx2), BE_X86(quantize_activation_avx512)}};
+    "quantize_activation",
+    {quantize_activation_scalar, nullptr, BE_X86(quantize_activation_avx2), BE_X86(quantize_activation_avx512)}};
 
 }  // namespace bitorch_engine
 
