@@ -38,4 +38,5 @@ def rounded(value):
     """
     size = tl.abs(value)
     whole = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
-    return tl.where(value < 0, -whole, whole)
+    sign = value.to(tl.int32, bitcast=True) & -2147483648
+    return (whole.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)

@@ -98,7 +98,7 @@ def update_(
         beta1, 1 - beta1, beta2, 1 - beta2, least, grad_factor, -factor,
         BITS=bits, LEVELS=levels, BLOCKS=_BLOCKS,
         WORDS=count % 8 == 0 and packed.data_ptr() % 4 == 0 and residual.data_ptr() % 4 == 0,
-        WHOLE_GROUPS=columns % 8 == 0,
+        WHOLE_GROUPS=columns % 8 == 0, WHOLE_TILES=count % (_BLOCKS * 128) == 0,
         enable_fp_fusion=False,
     )  # fmt: skip
     # A kernel writes behind torch's back: what was made from the packed weight, and saved by autograd, must tell.
@@ -128,14 +128,15 @@ def _update(
     packed, residual, scale, rate, grad, exp_avg_s, exp_avg_l, count, columns, key,
     beta1, rest1, beta2, rest2, least, grad_factor, factor,
     BITS: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
 ):  # fmt: skip
     """Runs of 128 elements, each in two halves, since halves share noise.
 
     rate: of each row, or None, where it follows from the scale.  WHOLE_GROUPS: eight elements side by side are of one
-    row.
+    row.  WHOLE_TILES: every program has all its elements, so that masks are constant, and the compiler drops them.
     """
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * 128)
-    left = tl.minimum(count - start, BLOCKS * 128).to(tl.int32)
+    left = BLOCKS * 128 if WHOLE_TILES else tl.minimum(count - start, BLOCKS * 128).to(tl.int32)
     run = tl.arange(0, BLOCKS)[:, None] * 128
     place = tl.arange(0, 64)[None, :]
     noise = noise_bits(start, run + place, key)

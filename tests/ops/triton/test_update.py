@@ -31,8 +31,8 @@ PAIRS = [
     ("bf16", "8bit"),
 ]
 """First and second moment."""
-SHAPES = [(1, 1), (3, 5), (4, 128), (7, 147), (40, 27), (300, 1), (3, 520)]
-"""Rows and columns: no multiples of 8 or 128, several rows in a block, several blocks in a row."""
+SHAPES = [(1, 1), (3, 5), (4, 128), (7, 147), (40, 27), (300, 1), (16, 128)]
+"""Rows and columns: no multiples of 8 or 128, several rows in a block, several blocks in a row, all of a program."""
 
 
 class State:
@@ -143,7 +143,7 @@ def test_gradients_of_16_bits_and_gaps_give_the_bits_of_the_reference(dtype: tor
     agree(device, 5, (9, 20), "8bit", "channel", [grad[:, ::2]])
 
 
-@pytest.mark.parametrize("memory", [("8bit", "8bit"), ("8bit", "channel")], ids=str)
+@pytest.mark.parametrize("memory", [("8bit", "8bit")], ids=str)
 def test_fifty_steps_end_at_the_codes_of_the_cpu(memory: tuple[str, str], device: torch.device) -> None:
     grads = [torch.randn(6, 40) * 0.01 + 0.003 for _ in range(50)]
     agree(device, 4, (6, 40), *memory, grads)
