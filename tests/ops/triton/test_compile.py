@@ -27,14 +27,15 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles(launches: list[dict[str, Any]]) -> None:
-    stems = ("bits", "activation", "gradient", "update")
-    source = "".join(Path(triton.__file__).with_name(f"{stem}.py").read_text(encoding="utf-8") for stem in stems)
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(triton.__file__).parent.glob("*.py"))
     launched = re.findall(r"\b_?(\w+)\[_?grid\b.*?\]\(", source, flags=re.MULTILINE)
     assert set(launched) == {launch["kernel"] for launch in launches}, "compile_kernels.py must call each"
 
 
 def test_what_is_rounded_by_the_reference_is_neither_fused_nor_flushed(launches: list[dict[str, Any]]) -> None:
-    exact = [launch for launch in launches if launch["kernel"] in ("update", "advance_rows", "quantize", "round")]
+    exact = [
+        launch for launch in launches if launch["kernel"] in ("update", "advance_rows", "quantize", "round", "convolve")
+    ]
     assert len(exact) >= 8
     assert [launch for launch in exact if launch["fused"] or launch["flushes"]] == []
 
@@ -42,3 +43,30 @@ def test_what_is_rounded_by_the_reference_is_neither_fused_nor_flushed(launches:
 def test_nothing_is_compiled_anew_for_another_rate_or_step(launches: list[dict[str, Any]]) -> None:
     steps = [launch["number"] for launch in launches if launch["kernel"] == "update"]
     assert steps[::2] == steps[1::2] and len(set(steps)) == 3
+
+
+PRODUCTS = {
+    "conv": ("convolve", "s32.s8.s8"),
+    "conv of few channels": ("convolve", "s32.s8.s8"),
+    "conv of odd channels": ("convolve", "s32.s8.s8"),
+    "conv of codes": ("convolve", "s32.s8.s8"),
+    "grad input": ("convolve", "s32.s8.s8"),
+    "grad weight": ("sum_products", "s32.s8.s8"),
+    "grad weight of few channels": ("sum_products", "s32.s8.s8"),
+    "linear": ("multiply", "f32.bf16.bf16"),
+    "linear in groups": ("multiply", "f32.bf16.bf16"),
+}
+
+
+@pytest.mark.parametrize("part", PRODUCTS)
+def test_matrix_products_are_those_of_the_tensor_cores(part: str, launches: list[dict[str, Any]]) -> None:
+    kernel, types = PRODUCTS[part]
+    found = [launch for launch in launches if (launch["part"], launch["kernel"]) == (part, kernel)]
+    assert found
+    assert all(launch["products"] == [types] for launch in found)
+    if kernel == "convolve":  # tiles come in words, and while others are multiplied
+        assert all(launch["fetches asynchronously"] and not launch["loads single bytes"] for launch in found)
+
+
+def test_no_product_spills_registers(launches: list[dict[str, Any]]) -> None:
+    assert [(launch["part"], launch["kernel"]) for launch in launches if launch["part"] and launch["stack"]] == []
