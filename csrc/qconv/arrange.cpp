@@ -91,7 +91,8 @@ void arrange_blocks(const Rows& rows, const Phase& phase, int64_t group, int64_t
   const Product& p = rows.p;
   const int64_t channels = p.image_channels, depth = p.image_depth, whole = channels & ~int64_t{3};
   const int64_t results = std::min(count * BLOCK, p.result_channels - first * BLOCK), length = BLOCK * phase.depth;
-  if (channels != depth || phase.depth != static_cast<int64_t>(phase.taps.size()) * depth || results != count * BLOCK)
+  const bool filled = channels == depth && phase.depth == static_cast<int64_t>(phase.taps.size()) * depth;
+  if (length > 0 && (!filled || results != count * BLOCK))
     std::memset(out, 0, count * length);
   std::memset(sums, 0, count * BLOCK * sizeof *sums);
   const auto place = [&](int64_t o, int64_t c) {
