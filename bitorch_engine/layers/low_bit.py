@@ -183,7 +183,8 @@ def transposed_groups(layer: nn.Module) -> int:
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """The input in the dtype that torch.autocast asks for, where it is on."""
     device = "cpu" if x.is_cpu else x.device.type
-    if (x.is_cpu or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
+    # torch 2.11 cannot compile the question that other devices are asked.
+    if (x.is_cpu or x.is_cuda or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
