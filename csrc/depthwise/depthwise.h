@@ -15,6 +15,7 @@
 namespace bitorch_engine {
 
 constexpr int64_t LANE_BLOCK = 32;
+constexpr int64_t MARGIN = 64;  // bytes behind the last pixel of a slab, or of a line, that kernels may read
 
 // Where a lane's pair begins in the 64 bytes of a block: lanes 0-7, 16-23, 8-15, 24-31, as interleaving bytes within
 // 128-bit lanes gives them.

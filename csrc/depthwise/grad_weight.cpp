@@ -85,8 +85,8 @@ BE_EXPORT void be_depthwise_grad_weight(const Geometry* geometry, int rows_are_g
     Totals& mine = totals[next++];
     Slab slab(p, source, bands.rows(bands.steps));
     const int64_t width = p.result[2], longest = std::min(width, MOST);
-    const Buffer<uint8_t> line = new_buffer<uint8_t>(longest * lanes + 64);
-    std::memset(line.get(), 0, longest * lanes + 64);
+    const Buffer<uint8_t> line = new_buffer<uint8_t>(longest * lanes + MARGIN);
+    std::memset(line.get(), 0, longest * lanes + MARGIN);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / bands.count(), first = unit % bands.count() * bands.steps;
       const int64_t last = std::min(bands.all, first + bands.steps);

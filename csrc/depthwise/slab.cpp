@@ -18,8 +18,8 @@ int64_t Slab::row_pixels(const Product& p) { return dimension(p) == 0 ? p.padded
 
 Slab::Slab(const Product& product, const Source& source, int64_t most) : p_(product), source_(source) {
   const int64_t size = most * row_pixels(p_) * pixel_bytes(p_);
-  bytes_ = new_buffer<uint8_t>(size + 64);  // a little more than the last pixel is read
-  std::memset(bytes_.get(), 0, size + 64);
+  bytes_ = new_buffer<uint8_t>(size + MARGIN);
+  std::memset(bytes_.get(), 0, size + MARGIN);
   line_ = new_buffer<uint8_t>(p_.image[2] * p_.groups * p_.image_channels + 16);
 }
 

@@ -15,7 +15,7 @@ Written multiply(DepthwiseFunction kernel, Random& random) {
   const int64_t largest = (1 << random.between(1, 8)) - 1, largest_weight = 1 << random.between(0, 7);
   std::vector<int64_t> offsets(2 * line.pairs);
   for (int64_t& offset : offsets) offset = random.between(0, 500);
-  const std::vector<uint8_t> slab = random.bytes(line.pixels * line.step + 500 + lanes, largest);
+  const std::vector<uint8_t> slab = random.bytes(line.pixels * line.step + 500 + lanes + MARGIN, largest);
   std::vector<int8_t> weights(blocks * line.pairs * 2 * LANE_BLOCK);
   for (int8_t& weight : weights) weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
   std::vector<int32_t> start(lanes);
@@ -40,7 +40,8 @@ Written gradient(DepthwiseGradientFunction kernel, Random& random) {
   const int64_t pitch = LANE_BLOCK + random.between(0, 9);
   std::vector<int64_t> offsets(products);
   for (int64_t& offset : offsets) offset = random.between(0, 500);
-  const std::vector<uint8_t> slab = random.bytes(pixels * step + 500 + LANE_BLOCK), rows = random.bytes(pixels * pitch);
+  const std::vector<uint8_t> slab = random.bytes(pixels * step + 500 + LANE_BLOCK + MARGIN);
+  const std::vector<uint8_t> rows = random.bytes(pixels * pitch + MARGIN);
   std::vector<int32_t> totals((1 + products) * LANE_BLOCK, 5);
   kernel({slab.data(), offsets.data(), products, step, pixels, rows.data(), pitch,
           static_cast<int>(random.flip() ? 128 : random.between(0, 1)), totals.data()});
