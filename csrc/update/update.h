@@ -46,7 +46,6 @@ using UpdateFunction = void (*)(const StepRule& rule, const Blocks& blocks);
 void update_scalar(const StepRule& rule, const Blocks& blocks);
 void update_avx2(const StepRule& rule, const Blocks& blocks);
 void update_avx512(const StepRule& rule, const Blocks& blocks);
-void update_neon(const StepRule& rule, const Blocks& blocks);
 
 // Mean square of `count` elements times the factor, added up in the order of the reference's tree_sum.
 // scratch: as many floats as the largest power of two below count.
@@ -55,7 +54,6 @@ using MeanSquareFunction = float (*)(const void* grad, int bf16, float factor, i
 float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch);
 float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch);
 float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch);
-float mean_square_neon(const void* grad, int bf16, float factor, int64_t count, float* scratch);
 
 // Whether all elements lie between -limit and limit, a number; false for NaN.
 using WithinFunction = bool (*)(const float* values, int64_t count, float limit);
