@@ -88,7 +88,7 @@ def _round(
     strips = (pixels + HEIGHT - 1) // HEIGHT
     worth = tl.load(largest + kept, mask=there, other=0).to(tl.float32, bitcast=True) * (1.0 / LIMIT)
     first = tl.program_id(0) == 0 if KEEP == 1 else (tl.program_id(0) % strips == 0) & (tl.program_id(1) == 0)
-    tl.store(scale + kept, worth, mask=there & first)
+    tl.store(scale + kept, worth, mask=(there & first) != 0)
     inverse = tl.where(worth > 0, tl.minimum(tl.div_rn(1.0, worth), 3e38), 0.0)
 
     size = tl.abs(value) * inverse
