@@ -7,7 +7,7 @@ from bitorch_engine.ops.reference.layout import is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
 from bitorch_engine.ops.reference.moments import moment_fits, new_moment
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
-from bitorch_engine.ops.reference.update import SLICE, direction_, level_rate, tree_sum
+from bitorch_engine.ops.reference.update import SLICE, direction_, is_per_row, level_rate, tree_sum
 from bitorch_engine.ops.schemas import (
     activation_grads,
     activation_values,
@@ -20,6 +20,7 @@ from bitorch_engine.ops.schemas import (
     dequantize,
     linear_grad_input,
     linear_weight_only,
+    mean_squares,
     pack,
     quantize_activation,
     quantize_gradient,
@@ -44,10 +45,12 @@ __all__ = [
     "all_within",
     "direction_",
     "dither_levels",
+    "is_per_row",
     "level_rate",
     "linear_grad_input",
     "linear_weight_only",
     "load_levels",
+    "mean_squares",
     "moment_fits",
     "multiply_exact",
     "new_moment",

@@ -70,6 +70,9 @@ add_ = define(
     "add_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor delta, int bits, int key) -> ()", update.add_
 )
 all_within = define("all_within(Tensor values, float limit) -> Tensor", update.all_within, update.all_within_fake)
+mean_squares = define(
+    "mean_squares(Tensor grad, float factor) -> Tensor", update.mean_squares, update.mean_squares_fake
+)
 linear_weight_only = define(
     "linear_weight_only(Tensor x, Tensor packed, Tensor channel_scale, int bits, Tensor? bias, SymInt columns, "
     "int group_size=0) -> Tensor",

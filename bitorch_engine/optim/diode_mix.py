@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from bitorch_engine import ops
 from bitorch_engine.optim.galore_projector import GaLoreProjector
 from bitorch_engine.parameters import PackedParameter
-from bitorch_engine.parameters.step import check_finite, step_, step_float_
+from bitorch_engine.parameters.step import check_finite, check_rows, step_, step_float_
 
 _MOMENT_DTYPES = {
     "fp32": torch.float32,
@@ -83,16 +83,14 @@ class DiodeMix(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for _, parameters in work:
-            for p in parameters:
-                check_finite(p.grad)
-        for group, parameters in work:
+        checked = [[_check_gradient(group, p, p.grad) for p in parameters] for group, parameters in work]
+        for (group, parameters), squares in zip(work, checked, strict=True):
             together = []
-            for p in parameters:
+            for p, its_squares in zip(parameters, squares, strict=True):
                 if self._steps_as_torch(group, p):
                     together.append(p)
                 else:
-                    self._step_one(group, p)
+                    self._step_one(group, p, its_squares)
             self._step_together(group, together)
         return loss
 
@@ -111,11 +109,11 @@ class DiodeMix(torch.optim.Optimizer):
             def hook(p: Tensor) -> None:
                 if p.grad is None:
                     return
-                check_finite(p.grad)
+                squares = _check_gradient(group, p, p.grad)
                 if self._steps_as_torch(group, p):
                     self._step_together(group, [p])
                 else:
-                    self._step_one(group, p)
+                    self._step_one(group, p, squares)
                 p.grad = None
 
             return hook
@@ -168,8 +166,8 @@ class DiodeMix(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_one(self, group: dict[str, Any], p: Tensor) -> None:
-        """Ask one parameter to step itself. Its gradient has been seen to be finite."""
+    def _step_one(self, group: dict[str, Any], p: Tensor, squares: Tensor | None) -> None:
+        """Ask one parameter to step itself. squares: what ``_check_gradient`` gave for its gradient."""
         grad = p.grad
         if grad is None:
             return
@@ -195,7 +193,7 @@ class DiodeMix(torch.optim.Optimizer):
         }
         moments = state["exp_avg_s"], state.get("exp_avg_l"), state["step"]
         if isinstance(p, PackedParameter):
-            step_(p, *moments, dtype=group["dtype"], finite=True, **settings)
+            step_(p, *moments, dtype=group["dtype"], finite=True, squares=squares, **settings)
         else:
             step_float_(p, *moments, **settings)
 
@@ -223,6 +221,14 @@ class DiodeMix(torch.optim.Optimizer):
                     self.state[p][key].load_state_dict(bases)
                 elif isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
+
+
+def _check_gradient(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor | None:
+    """Raise ValueError where a gradient is not finite. What comes back is for the parameter's own step."""
+    if group["memory"] == "channel" and isinstance(p, PackedParameter):
+        return check_rows(p, grad)
+    check_finite(grad)
+    return None
 
 
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:

@@ -42,8 +42,12 @@ def step_(
     projector: Projector | None,
     grad: Tensor | None,
     finite: bool = False,
+    squares: Tensor | None = None,
 ) -> None:
-    """What ``PackedParameter.update`` documents. finite: the caller has seen that the gradient is."""
+    """What ``PackedParameter.update`` documents. finite: the caller has seen that the gradient is.
+
+    squares: what ``check_rows`` gave for it, if that was asked.
+    """
     _check_settings(lr, weight_decay, betas, eps, dtype, step, correct_bias)
     grad = _gradient(weight, grad, projector, step)
     _check_moments(weight, grad, exp_avg_s, exp_avg_l, projected=projector is not None)
@@ -79,9 +83,13 @@ def step_(
         if projector is None:
             moments = (exp_avg_s, exp_avg_l)
             in_rows = [_in_row_order(weight, moment) for moment in moments]
-            ops.update_(
-                weight.packed, residual, scale, weight.to_rows(grad), *in_rows, bits=weight.w_bit, lr=lr, **settings
-            )
+            rows = weight.to_rows(grad)
+            if exp_avg_s is not None and ops.is_per_row(exp_avg_s, scale.numel(), grad.numel()):
+                if squares is None or settings["grad_factor"] != 1:
+                    squares = ops.mean_squares(rows, settings["grad_factor"])
+                v = exp_avg_s.view(-1)
+                v.copy_(v * betas[1] + squares * (1 - betas[1]))
+            ops.update_(weight.packed, residual, scale, rows, *in_rows, bits=weight.w_bit, lr=lr, **settings)
             for moment, ordered in zip(moments, in_rows, strict=True):
                 if moment is not None and ordered is not None and ordered is not moment:
                     moment.copy_(weight.from_rows(ordered))
@@ -139,6 +147,22 @@ def check_finite(grad: Tensor) -> None:
             f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
             "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
         )
+
+
+def check_rows(weight: "PackedParameter", grad: Tensor) -> Tensor | None:
+    """``check_finite`` in the pass that makes the mean squares of the rows, (R,), which a step of theirs needs.
+
+    None for a gradient whose rows would first have to be copied: it is checked as it is.
+    """
+    if weight.transposed_groups or not grad.is_contiguous():
+        check_finite(grad)
+        return None
+    rows = weight.to_rows(grad.detach())
+    squares = ops.mean_squares(rows, 1.0)
+    # Squares that add up to less than the square of _LARGEST are below it each; the half is for what was rounded.
+    if not bool((squares < 0.5 * _LARGEST**2 / max(1, rows.shape[1])).all()):
+        check_finite(grad)
+    return squares
 
 
 def advance_(step: Tensor) -> int:

@@ -20,7 +20,6 @@ const Kernel<WithinFunction> within_kernel{
 namespace {
 
 constexpr int64_t GRAIN = 1 << 13;      // elements that a thread takes at least
-constexpr int64_t CACHED = 1 << 15;     // elements of which the gradient stays in the cache between two passes
 constexpr int64_t MIXED = 16;           // blocks of several rows each, for which rates are laid out at a time
 constexpr float LARGEST_RATE = 1e30f;   // so that 0 times the rate is 0
 
@@ -31,62 +30,36 @@ struct Step {
   StepRule rule;
   float levels;       // levels a step of the code is worth, see level_rate
   float factor;       // rate of a row: levels / scale * factor
-  float row_least;    // PER_ROW: added to the root of the row's second moment
-  int32_t per_row;    // the second moment has one float a row: second_rows
+  float row_least;    // added to the root of the row's second moment, where there is one
   int64_t rows, columns;
   uint8_t *packed, *residual;
   const float* scale;
   const void* grad;
   void *first, *second;
-  float* second_rows;
+  const float* row_second;  // a second moment with one float a row, or null
 };
 
 namespace {
 
 class Stepper {
  public:
-  explicit Stepper(const Step& step)
-      : step_(step), kernel_(update_kernel.pick()), mean_square_(mean_square_kernel.pick()) {
-    if (step.per_row) {
-      int64_t half = 1;
-      while (2 * half < step.columns) half *= 2;
-      scratch_.reset(new float[half]);
-    }
-  }
+  explicit Stepper(const Step& step) : step_(step), kernel_(update_kernel.pick()) {}
 
   // Rows first .. last - 1, of which the first one starts a block, and the last one ends a block or the weight.
-  void run(int64_t first, int64_t last, int64_t grain) {
-    const int64_t chunk = grain * std::max<int64_t>(1, CACHED / (grain * step_.columns));
-    for (int64_t row = first; row < last; row += chunk) {
-      const int64_t end = std::min(last, row + chunk);
-      if (step_.per_row) advance_rows(row, end);
-      run_elements(row * step_.columns, end * step_.columns);
-    }
-  }
+  void run(int64_t first, int64_t last) { run_elements(first * step_.columns, last * step_.columns); }
 
  private:
   const Step& step_;
   UpdateFunction kernel_;
-  MeanSquareFunction mean_square_;
-  std::unique_ptr<float[]> scratch_;
   alignas(64) float rates_[MIXED * BLOCK];
 
   const void* grad_at(int64_t element) const {
     return static_cast<const uint8_t*>(step_.grad) + element * (step_.rule.grad_bf16 ? 2 : 4);
   }
 
-  void advance_rows(int64_t first, int64_t last) {
-    const StepRule& rule = step_.rule;
-    for (int64_t row = first; row < last; ++row) {
-      const void* grad = grad_at(row * step_.columns);
-      const float square = mean_square_(grad, rule.grad_bf16, rule.grad_factor, step_.columns, scratch_.get());
-      step_.second_rows[row] = step_.second_rows[row] * rule.beta2 + square * rule.rest2;
-    }
-  }
-
   float rate(int64_t row) const {
     float rate = step_.levels / step_.scale[row] * step_.factor;
-    if (step_.per_row) rate /= std::sqrt(step_.second_rows[row]) + step_.row_least;
+    if (step_.row_second) rate /= std::sqrt(step_.row_second[row]) + step_.row_least;
     return std::min(std::max(rate, -LARGEST_RATE), LARGEST_RATE) * 0x1p23f;
   }
 
@@ -170,7 +143,7 @@ BE_EXPORT void be_update(const Step* step, int threads) {
   // Threads take whole rows that fill whole blocks, so that no two write to one byte.
   const int64_t grain = BLOCK / std::gcd(step->columns, BLOCK);
   const int64_t rows = std::max<int64_t>(grain, GRAIN / (grain * step->columns) * grain);
-  parallel_for(step->rows, rows, threads, [=](int64_t first, int64_t last) { Stepper(*step).run(first, last, grain); });
+  parallel_for(step->rows, rows, threads, [=](int64_t first, int64_t last) { Stepper(*step).run(first, last); });
 }
 
 BE_EXPORT int be_within(const float* values, int64_t count, float limit, int threads) {
@@ -180,4 +153,19 @@ BE_EXPORT int be_within(const float* values, int64_t count, float limit, int thr
     if (!kernel(values + first, last - first, limit)) all = 0;
   });
   return all;
+}
+
+// squares: one a row, of a gradient times the factor.
+BE_EXPORT void be_mean_squares(const void* grad, int bf16, float factor, int64_t rows, int64_t columns, float* squares,
+                               int threads) {
+  const auto kernel = mean_square_kernel.pick();
+  parallel_for(rows, GRAIN / columns + 1, threads, [=](int64_t first, int64_t last) {
+    int64_t half = 1;
+    while (2 * half < columns) half *= 2;
+    const std::unique_ptr<float[]> scratch(new float[half]);
+    for (int64_t row = first; row < last; ++row) {
+      const void* values = static_cast<const uint8_t*>(grad) + row * columns * (bf16 ? 2 : 4);
+      squares[row] = kernel(values, bf16, factor, columns, scratch.get());
+    }
+  });
 }

@@ -8,9 +8,9 @@
 
 namespace bitorch_engine {
 
-// How a moment is stored. ops/cpu/update.py has the same numbers. PER_ROW: a second moment with one float a row, which
-// the driver advances; blocks see none.
-enum MomentKind : int { NONE = 0, MOMENT_F32 = 1, MOMENT_BF16 = 2, MOMENT_F16 = 3, MOMENT_8BIT = 4, PER_ROW = 5 };
+// How a moment is stored. ops/cpu/update.py has the same numbers. A second moment with one float a row is none here: it
+// enters the rates.
+enum MomentKind : int { NONE = 0, MOMENT_F32 = 1, MOMENT_BF16 = 2, MOMENT_F16 = 3, MOMENT_8BIT = 4 };
 
 constexpr int64_t BLOCK = 128;      // elements that share a unit in an 8-bit moment, and that a kernel takes at a time
 constexpr int64_t BLOCK_ROW = 132;  // bytes of a block of an 8-bit moment: the codes, then the unit

@@ -632,8 +632,8 @@ class TestStepInBackward:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("kind", ["8bit", "channel", "GaLore", "two groups"])
-    @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e19])
+    @pytest.mark.parametrize("kind", [*MEMORIES, "GaLore", "two groups"])
+    @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1.01e18, 1e25])
     @pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
     def test_one_bad_gradient_of_several_changes_nothing_anywhere(self, steps: int, value: float, kind: str) -> None:
         task = Task(learn_scale=True)
@@ -650,6 +650,43 @@ class TestErrors:
             assert bits_of([task, optimizer]) == before
         train(task, optimizer, range(steps, steps + 1))
         assert bits_of([task, optimizer]) != before
+
+    @pytest.mark.parametrize("memory", MEMORIES)
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_gradients_up_to_1e18_are_taken_in_any_layout(self, layout: torch.memory_format, memory: str) -> None:
+        for shape in ((3, 1, 1, 1), (4, 7, 3, 3), (2, 150, 1, 1)):
+            weight = nBitConvParameter(torch.randn(shape))
+            optimizer = DiodeMix([weight], memory=memory)
+            few = torch.zeros(shape)
+            few.view(-1)[-1] = -9.9e17
+            for grad in (torch.full(shape, 9.9e17), few):
+                weight.grad = grad.contiguous(memory_format=layout)
+                before = bits_of(weight)
+                optimizer.step()
+                assert bits_of(weight) != before
+            before = bits_of([weight, optimizer])
+            for sign in (1, -1):
+                few.view(-1)[-1] = sign * 1.01e18
+                weight.grad = few.contiguous(memory_format=layout)
+                with pytest.raises(ValueError, match="beyond 1e[+]18; no weight and no state was changed"):
+                    optimizer.step()
+                assert bits_of([weight, optimizer]) == before
+
+    def test_a_step_with_channel_memory_is_the_update_of_its_parameters(self) -> None:
+        ours, theirs = Task(learn_scale=True), Task(learn_scale=True)
+        optimizer = DiodeMix(ours.packed, lr=1e-2, memory="channel")
+        moments = [torch.zeros(p.channel_scale.numel()) for p in theirs.packed]
+        steps = [torch.zeros(()) for _ in moments]
+        for t in range(3):
+            for task in (ours, theirs):
+                task.zero_grad()
+                task.loss(t).backward()
+            optimizer.step()
+            for p, v, step in zip(theirs.packed, moments, steps, strict=True):
+                p.update(p, v, None, step, lr=1e-2, beta1=0.9, beta2=0.999, correct_bias=True)
+        assert bits_of(ours.packed) == bits_of(theirs.packed)
+        for p, v in zip(ours.packed, moments, strict=True):
+            assert torch.equal(optimizer.state[p]["exp_avg_s"].view(-1), v)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -20,6 +20,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "update_": update.update_,
     "add_": update.add_,
     "all_within": update.all_within,
+    "mean_squares": update.mean_squares,
     "dequantize": quantize.dequantize,
     "quantize_activation": quantize.quantize_activation,
     "activation_values": quantize.activation_values,

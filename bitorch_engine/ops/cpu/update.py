@@ -1,4 +1,4 @@
-"""The step of packed weights, and the check of their gradients."""
+"""The step of packed weights, and what is asked of their gradients before it."""
 
 import ctypes
 
@@ -13,6 +13,7 @@ from bitorch_engine.ops.reference.levels import step_key
 
 _update = function("be_update", POINTER, INT)
 _within = function("be_within", POINTER, INT64, FLOAT, INT, result=INT)
+_mean_squares = function("be_mean_squares", POINTER, INT, FLOAT, INT64, INT64, POINTER, INT)
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 """csrc/update/update.h's numbers of the ways to store a moment; 0 is none."""
@@ -27,9 +28,8 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("grad_bf16", "first_kind", "second_kind")),
         ("key", ctypes.c_uint32),
         *((name, ctypes.c_float) for name in ("levels", "factor", "row_least")),
-        ("per_row", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        *((name, ctypes.c_void_p) for name in ("packed", "residual", "scale", "grad", "first", "second", "rows_at")),
+        *((name, ctypes.c_void_p) for name in ("packed", "residual", "scale", "grad", "first", "second", "row_second")),
     )
 
 
@@ -79,7 +79,7 @@ def update_(
         0 if exp_avg_l is None else _KINDS[exp_avg_l.dtype],
         0 if exp_avg_s is None or per_row else _KINDS[exp_avg_s.dtype],
         step_key(key),
-        (1 << form.hidden_bits) / form.step, -factor, least, per_row,
+        (1 << form.hidden_bits) / form.step, -factor, least,
         rows, columns,
         packed.data_ptr(), residual.data_ptr(), scale.data_ptr(), grad.data_ptr(),
         0 if exp_avg_l is None else exp_avg_l.data_ptr(),
@@ -88,7 +88,7 @@ def update_(
     )  # fmt: skip
     _update(ctypes.addressof(step), threads())
     # A kernel writes behind torch's back: what was made from the packed weight, and saved by autograd, must tell.
-    written = (packed, residual, exp_avg_s, exp_avg_l)
+    written = (packed, residual, None if per_row else exp_avg_s, exp_avg_l)
     increment_version([tensor for tensor in written if tensor is not None and not tensor.is_inference()])
 
 
@@ -106,3 +106,13 @@ def all_within(values: Tensor, limit: float) -> Tensor:
     ):
         return reference.all_within(values, limit)
     return torch.tensor(_within(values.data_ptr(), values.numel(), limit, threads()) != 0)
+
+
+def mean_squares(grad: Tensor, factor: float) -> Tensor:
+    if grad.dtype not in (torch.float32, torch.bfloat16) or grad.numel() == 0:
+        return reference.mean_squares(grad, factor)
+    grad = grad.contiguous()
+    out = reference.mean_squares_fake(grad, factor)
+    bf16 = grad.dtype == torch.bfloat16
+    _mean_squares(grad.data_ptr(), bf16, factor, *grad.shape, out.data_ptr(), threads())
+    return out

@@ -46,7 +46,8 @@ def update_(
     """One Adam step of the whole weight.
 
     packed, residual: its two planes, R * K elements.  scale: (R,) float32.  grad: (R, K) float.
-    exp_avg_s, exp_avg_l: stored moments; exp_avg_s may be float32 with R elements: one second moment a row.
+    exp_avg_s, exp_avg_l: stored moments; exp_avg_s may be float32 with R elements, one second moment a row. That one is
+    only read: the caller has advanced it by ``mean_squares``.
     correction1, correction2: 1 - beta**t, or 1.
     grad_factor: a power of two that the gradient is multiplied by before it enters the moments (eps likewise).
     dtype: float32 or float64, what is computed in.
@@ -62,7 +63,6 @@ def update_(
     rate = level_rate(scale, bits).to(dtype) * -factor
     per_row = is_per_row(exp_avg_s, rows, grad.numel())
     if exp_avg_s is not None and per_row:
-        channel_second_moment_(exp_avg_s, grad, beta2=beta2, grad_factor=grad_factor)
         rate = rate / (exp_avg_s.view(-1).to(dtype).sqrt() + least)
         exp_avg_s = None
     rate = rate.clamp(-_LARGEST_RATE, _LARGEST_RATE)
@@ -181,17 +181,21 @@ def all_within_fake(values: Tensor, limit: float) -> Tensor:
     return values.new_empty((), dtype=torch.bool)
 
 
-def channel_second_moment_(exp_avg_s: Tensor, grad_rows: Tensor, *, beta2: float, grad_factor: float) -> None:
-    """Advance a second moment that has one value an output channel by the mean square of that channel's gradient.
+def mean_squares(grad: Tensor, factor: float) -> Tensor:
+    """Mean square of every row of ``grad * factor``: (R,), float32 or wider, 0 for rows without elements.
 
-    exp_avg_s: float32, R elements.  grad_rows: (R, K) float; it is read in slices of rows.
+    grad: (R, K) float; it is read in slices of rows.
     """
-    moment = exp_avg_s.view(-1)
-    for first, rows in _row_slices(grad_rows):
-        rows = rows * grad_factor
-        squares = tree_sum(rows * rows) * (1 / rows.shape[1])
-        part = moment[first : first + rows.shape[0]]
-        part.copy_(part * beta2 + squares * (1 - beta2))
+    out = mean_squares_fake(grad, factor).zero_()
+    if grad.numel() > 0:
+        for first, rows in _row_slices(grad):
+            rows = rows * factor
+            out[first : first + rows.shape[0]] = tree_sum(rows * rows) * (1 / rows.shape[1])
+    return out
+
+
+def mean_squares_fake(grad: Tensor, factor: float) -> Tensor:
+    return grad.new_empty(grad.shape[0], dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def tree_sum(rows: Tensor) -> Tensor:

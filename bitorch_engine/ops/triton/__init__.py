@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[str, str] = {
     "update_": "update",
     "add_": "update",
     "all_within": "update",
+    "mean_squares": "update",
     "conv": "quantized_conv",
     "conv_codes": "quantized_conv",
     "conv_grad_input": "quantized_conv",

@@ -65,7 +65,7 @@ def update_(
         dtype != torch.float32
         or grad.dtype not in _GRADS
         or scale.dtype != torch.float32
-        or columns > (_ROW if per_row else MOST_COLUMNS)
+        or columns > MOST_COLUMNS
         or any(moment.dtype not in _MOMENTS or moment.data_ptr() % 4 for moment in moments)
         or not all(tensor.is_contiguous() for tensor in held)
     ):
@@ -78,22 +78,10 @@ def update_(
     factor, least = reference.step_constants(exp_avg_s, lr, eps * grad_factor, correction1, correction2, exp_avg_l)
     form = bit_format(bits)
     levels = (1 << form.hidden_bits) / form.step
-    rate = None
-    if per_row:
-        rate = torch.empty_like(scale)
-        padded = triton.next_power_of_2(columns)
-        height = max(1, _TILE // padded)
-        grid = (triton.cdiv(rows, height),)
-        _advance_rows[grid](
-            grad, exp_avg_s, scale, rate,
-            rows, columns, beta2, 1 - beta2, 1 / columns, least, grad_factor, -factor,
-            LEVELS=levels, HEIGHT=height, PADDED=padded, LOG=padded.bit_length() - 1,
-            num_warps=min(16, max(4, padded // 1024)), enable_fp_fusion=False,
-        )  # fmt: skip
     count = grad.numel()
     grid = (triton.cdiv(count, _BLOCKS * 128),)
     _update[grid](
-        packed, residual, scale, rate, grad, None if per_row else exp_avg_s, exp_avg_l,
+        packed, residual, scale, exp_avg_s if per_row else None, grad, None if per_row else exp_avg_s, exp_avg_l,
         count, columns, as_int32(step_key(key)),
         beta1, 1 - beta1, beta2, 1 - beta2, least, grad_factor, -factor,
         BITS=bits, LEVELS=levels, BLOCKS=_BLOCKS,
@@ -102,7 +90,8 @@ def update_(
         enable_fp_fusion=False,
     )  # fmt: skip
     # A kernel writes behind torch's back: what was made from the packed weight, and saved by autograd, must tell.
-    increment_version([tensor for tensor in (packed, residual, *moments) if not tensor.is_inference()])
+    written = (packed, residual, None if per_row else exp_avg_s, exp_avg_l)
+    increment_version([tensor for tensor in written if tensor is not None and not tensor.is_inference()])
 
 
 def add_(packed: Tensor, residual: Tensor, scale: Tensor, delta: Tensor, bits: int, key: int) -> None:
@@ -123,16 +112,32 @@ def all_within(values: Tensor, limit: float) -> Tensor:
     return within
 
 
+def mean_squares(grad: Tensor, factor: float) -> Tensor:
+    rows, columns = grad.shape
+    if grad.dtype not in _GRADS or grad.numel() == 0 or columns > _ROW:
+        return reference.mean_squares(grad, factor)
+    out = reference.mean_squares_fake(grad, factor)
+    padded = triton.next_power_of_2(columns)
+    height = max(1, _TILE // padded)
+    grid = (triton.cdiv(rows, height),)
+    _mean_squares[grid](
+        grad.contiguous(), out, rows, columns, 1 / columns, factor,
+        HEIGHT=height, PADDED=padded, LOG=padded.bit_length() - 1,
+        num_warps=min(16, max(4, padded // 1024)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
 @triton.jit(do_not_specialize=["columns", "key"])
 def _update(
-    packed, residual, scale, rate, grad, exp_avg_s, exp_avg_l, count, columns, key,
+    packed, residual, scale, row_second, grad, exp_avg_s, exp_avg_l, count, columns, key,
     beta1, rest1, beta2, rest2, least, grad_factor, factor,
     BITS: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, WHOLE_GROUPS: tl.constexpr,
     WHOLE_TILES: tl.constexpr,
 ):  # fmt: skip
     """Runs of 128 elements, each in two halves, since halves share noise.
 
-    rate: of each row, or None, where it follows from the scale.  WHOLE_GROUPS: eight elements side by side are of one
+    row_second: a second moment of one value a row, or None.  WHOLE_GROUPS: eight elements side by side are of one
     row.  WHOLE_TILES: every program has all its elements, so that masks are constant, and the compiler drops them.
     """
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * 128)
@@ -157,8 +162,8 @@ def _update(
         store_moment(first, run, place, left, m, noise, m2, noise2, True)
 
     group = run // 8 + tl.arange(0, 8)[None, :]
-    move = m * _rate(scale, rate, start, group, left, columns, factor, LEVELS, WHOLE_GROUPS)
-    move2 = m2 * _rate(scale, rate, start, group + 8, left, columns, factor, LEVELS, WHOLE_GROUPS)
+    move = m * _rate(scale, row_second, start, group, left, columns, factor, least, LEVELS, WHOLE_GROUPS)
+    move2 = m2 * _rate(scale, row_second, start, group + 8, left, columns, factor, least, LEVELS, WHOLE_GROUPS)
     if exp_avg_s is not None:
         move = tl.div_rn(move, tl.sqrt_rn(v) + least)
         move2 = tl.div_rn(move2, tl.sqrt_rn(v2) + least)
@@ -176,32 +181,27 @@ def _gradient(grad, at, left, grad_factor):
 
 
 @triton.jit
-def _rate(scale, rate, start, group, left, columns, factor, LEVELS: tl.constexpr, WHOLE_GROUPS: tl.constexpr):
+def _rate(
+    scale, row_second, start, group, left, columns, factor, least, LEVELS: tl.constexpr, WHOLE_GROUPS: tl.constexpr
+):  # fmt: skip
     """Levels by which a moment of 1 moves the elements of a tile, with the sign of the step."""
     inside = group * 8
     if not WHOLE_GROUPS:
         inside = spread(inside) + tl.arange(0, 64)[None, :] % 8
     row = row_of(start, inside, columns)
     mask = inside < left
-    if rate is not None:
-        value = tl.load(rate + row, mask=mask, other=0.0)
-    else:
-        value = tl.div_rn(1.0, tl.load(scale + row, mask=mask, other=1.0)) * LEVELS * factor
-    value = _clamped(value)
+    value = tl.div_rn(1.0, tl.load(scale + row, mask=mask, other=1.0)) * LEVELS * factor
+    if row_second is not None:
+        value = tl.div_rn(value, tl.sqrt_rn(tl.load(row_second + row, mask=mask, other=1.0)) + least)
+    value = tl.minimum(tl.maximum(value, -1e30), 1e30)
     return spread(value) if WHOLE_GROUPS else value
 
 
-@triton.jit
-def _clamped(rate):
-    return tl.minimum(tl.maximum(rate, -1e30), 1e30)
-
-
 @triton.jit(do_not_specialize=["rows", "columns"])
-def _advance_rows(
-    grad, exp_avg_s, scale, rate, rows, columns, beta2, rest2, part, least, grad_factor, factor,
-    LEVELS: tl.constexpr, HEIGHT: tl.constexpr, PADDED: tl.constexpr, LOG: tl.constexpr,
+def _mean_squares(
+    grad, out, rows, columns, part, factor, HEIGHT: tl.constexpr, PADDED: tl.constexpr, LOG: tl.constexpr
 ):  # fmt: skip
-    """Advance a second moment of one value a row, and write the rate of each row. part: 1 / columns, rounded.
+    """Mean square of each row of ``grad * factor``. part: 1 / columns, rounded.
 
     HEIGHT rows a program, filled up to PADDED columns, a power of two. Squares are added as ``tree_sum`` does: the
     upper half to the lower half, a sum of two each time.
@@ -209,15 +209,11 @@ def _advance_rows(
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, PADDED)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    g = widened(tl.load(grad + row[:, None] * columns + column[None, :], mask=mask, other=0.0)) * grad_factor
+    g = widened(tl.load(grad + row[:, None] * columns + column[None, :], mask=mask, other=0.0)) * factor
     squares = g * g
     for halving in tl.static_range(LOG):
         squares = tl.sum(tl.reshape(squares, (HEIGHT, 2, PADDED >> (halving + 1))), axis=1)
-    mean = tl.reshape(squares, (HEIGHT,)) * part
-    v = tl.load(exp_avg_s + row, mask=row < rows, other=0.0) * beta2 + mean * rest2
-    tl.store(exp_avg_s + row, v, mask=row < rows)
-    value = tl.div_rn(1.0, tl.load(scale + row, mask=row < rows, other=1.0)) * LEVELS * factor
-    tl.store(rate + row, _clamped(tl.div_rn(value, tl.sqrt_rn(v) + least)), mask=row < rows)
+    tl.store(out + row, tl.reshape(squares, (HEIGHT,)) * part, mask=row < rows)
 
 
 @triton.jit

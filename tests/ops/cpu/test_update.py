@@ -39,7 +39,7 @@ class State:
         self.scale = torch.rand(shape[0], generator=generator) + 0.05
         self.m = None if STORED[first] is None else ops.new_moment(shape, STORED[first], CPU)
         if second == "channel":
-            self.v: Tensor | None = torch.zeros(shape[0])
+            self.v: Tensor | None = torch.rand(shape[0], generator=generator) ** 8
         else:
             self.v = None if STORED[second] is None else ops.new_moment(shape, STORED[second], CPU)
 
@@ -224,6 +224,49 @@ def test_a_value_out_of_bounds_is_found_anywhere(isa: str, bad: float) -> None:
     assert ops.all_within(values[:0], 1e18)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_mean_squares_have_the_bits_of_the_reference(isa: str, dtype: torch.dtype) -> None:
+    with cpu.cap_isa(isa):
+        for shape in [*SHAPES, (0, 5), (3, 0), (2, 40_001)]:
+            grad = gradients(shape, steps=1)[0].to(dtype)
+            for factor in (1.0, 2.0**20):
+                true = reference.mean_squares(grad, factor)
+                for same in (grad, grad.t().contiguous().t()):
+                    squares = ops.mean_squares(same, factor)
+                    assert squares.dtype == true.dtype and torch.equal(squares, true)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_value_without_a_square_shows_in_the_mean_of_its_row_alone(isa: str, bad: float) -> None:
+    with cpu.cap_isa(isa):
+        for columns in (1, 7, 128, 513):
+            for place in {0, columns // 2, columns - 1}:
+                grad = torch.randn(3, columns)
+                grad[1, place] = bad
+                assert ops.mean_squares(grad, 1.0).isfinite().tolist() == [True, False, True]
+
+
+def test_any_number_of_threads_gives_the_same_mean_squares() -> None:
+    grad, results = torch.randn(1000, 513), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(ops.mean_squares(grad, 1.0))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_second_moment_of_one_value_a_row_is_only_read() -> None:
+    state = State(4, (3, 50), "none", "channel")
+    assert state.v is not None
+    before, version = state.v.clone(), state.v._version
+    state.step(ops.update_, torch.randn(3, 50), 1)
+    assert torch.equal(state.v, before) and state.v._version == version
+
+
 def test_the_ops_are_registered_as_torch_wants() -> None:
     state, grad = State(4, (3, 50), "8bit", "8bit"), torch.randn(3, 50)
     settings = (4, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.01, 1.0, torch.float32, 5)
@@ -233,3 +276,4 @@ def test_the_ops_are_registered_as_torch_wants() -> None:
         torch.ops.bitorch_engine.add_.default, (state.packed, state.residual, state.scale, grad, 4, 5)
     )
     torch.library.opcheck(torch.ops.bitorch_engine.all_within.default, (grad, 1.0))
+    torch.library.opcheck(torch.ops.bitorch_engine.mean_squares.default, (grad, 1.0))

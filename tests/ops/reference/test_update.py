@@ -1,4 +1,4 @@
-"""The pieces of a step: the fixed order of summation, slices, and the second moment of a channel."""
+"""The pieces of a step: the fixed order of summation, slices, and the mean squares of rows."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bitorch_engine.bits import pack
 from bitorch_engine.ops import SLICE, direction_, new_moment, noise_key, tree_sum, update_
-from bitorch_engine.ops.reference.update import channel_second_moment_
+from bitorch_engine.ops.reference.update import mean_squares
 
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "correction1": 1.0, "correction2": 1.0}
 
@@ -25,14 +25,15 @@ def test_a_tree_sum_rounds_in_the_stated_order() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 7, 300, 70_000], ids=lambda columns: f"columns={columns}")
-def test_the_second_moment_of_a_channel_is_the_average_of_its_mean_squares(columns: int) -> None:
-    moment = torch.zeros(5)
-    true = torch.zeros(5, dtype=torch.float64)
-    for _ in range(3):
-        grad = torch.randn(5, columns) * torch.arange(1, 6)[:, None]
-        channel_second_moment_(moment, grad, beta2=0.9, grad_factor=4.0)
-        true = 0.9 * true + 0.1 * (4 * grad.double()).square().mean(1)
-    assert torch.allclose(moment.double(), true, rtol=1e-5, atol=0)
+def test_mean_squares_are_those_of_the_rows_times_the_factor(columns: int) -> None:
+    grad = torch.randn(5, columns) * torch.arange(1, 6)[:, None]
+    true = (4 * grad.double()).square().mean(1)
+    assert torch.allclose(mean_squares(grad, 4.0).double(), true, rtol=1e-6, atol=0)
+    assert torch.allclose(mean_squares(grad.double(), 4.0), true, rtol=1e-14, atol=0)
+
+
+def test_rows_without_elements_have_mean_square_0() -> None:
+    assert mean_squares(torch.empty(3, 0), 1.0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -101,6 +101,7 @@ def launch_all() -> None:
         gradient.quantize_gradient(x, torch.rand(16), 8, keep, seed)
 
     update.all_within(x.float(), 1e18)
+    update.mean_squares(x.float().flatten(1), 1.0)
     for width, shape, first, second in (
         (4, (16, 1024), torch.uint8, torch.uint8),
         (3, (9, 147), torch.bfloat16, torch.float16),

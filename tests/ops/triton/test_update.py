@@ -49,7 +49,7 @@ class State:
         self.scale = (torch.rand(shape[0], generator=generator) + 0.05).to(device)
         self.m = None if STORED[first] is None else ops.new_moment(shape, STORED[first], device)
         if second == "channel":
-            self.v: Tensor | None = torch.zeros(shape[0], device=device)
+            self.v: Tensor | None = (torch.rand(shape[0], generator=generator) ** 8).to(device)
         else:
             self.v = None if STORED[second] is None else ops.new_moment(shape, STORED[second], device)
 
@@ -176,6 +176,33 @@ def test_what_is_written_counts_a_version(device: torch.device) -> None:
     assert all(t._version > version for t, version in zip(held, before, strict=True))
     with torch.inference_mode():
         State(4, (3, 50), "8bit", "8bit", device).step(kernels.update_, torch.randn(3, 50), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_mean_squares_have_the_bits_of_the_reference(dtype: torch.dtype, device: torch.device) -> None:
+    for shape in [*SHAPES, (0, 5), (3, 0), (1, 40_001)]:
+        grad = gradients(shape, steps=1)[0].to(dtype)
+        for same in (grad, grad.t().contiguous().t()):
+            squares = kernels.mean_squares(same.to(device), 4.0).cpu()
+            assert squares.dtype == (dtype if dtype == torch.float64 else torch.float32)
+            assert torch.equal(squares, reference.mean_squares(grad, 4.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_value_without_a_square_shows_in_the_mean_of_its_row_alone(bad: float, device: torch.device) -> None:
+    for columns in (1, 7, 300):
+        for place in (0, columns - 1):
+            grad = torch.randn(3, columns)
+            grad[1, place] = bad
+            assert kernels.mean_squares(grad.to(device), 1.0).isfinite().tolist() == [True, False, True]
+
+
+def test_a_second_moment_of_one_value_a_row_is_only_read(device: torch.device) -> None:
+    state = State(4, (3, 50), "none", "channel", device)
+    assert state.v is not None
+    before, version = state.v.clone(), state.v._version
+    state.step(kernels.update_, torch.randn(3, 50), 1)
+    assert torch.equal(state.v, before) and state.v._version == version
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1.1e18, -1e19])
