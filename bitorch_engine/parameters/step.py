@@ -265,6 +265,7 @@ def _grad_factor(weight: "PackedParameter", grad: Tensor, *moments: Tensor | Non
         return 1.0
     held = [moment if moment is not None and moment.dtype == torch.float16 else None for moment in moments]
     rms = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) / math.sqrt(grad.numel())
+    rms = min(rms, _LARGEST)  # the sum of squares may be beyond float32
     if rms > 0:
         fitting = min(100, -round(math.log2(rms)))
         if weight.grad_exponent is None:
