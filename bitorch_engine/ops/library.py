@@ -13,12 +13,17 @@ NAMESPACE = "bitorch_engine"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-_defined: list[str] = []
+_references: dict[str, Callable[..., Any]] = {}
 
 
 def defined() -> list[str]:
     """Names of all ops, in their order."""
-    return list(_defined)
+    return list(_references)
+
+
+def reference_of(name: str) -> Callable[..., Any]:
+    """The plain PyTorch that defines an op."""
+    return _references[name]
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -29,7 +34,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] 
     fake: gives outputs of the right shape, dtype and strides from inputs without data; None where nothing is returned.
     """
     name = schema.partition("(")[0]
-    _defined.append(name)
+    _references[name] = reference
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake or (lambda *args, **kwargs: None), lib=_LIBRARY)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitorch_engine.ops.library import implement, wanted_backend
+from bitorch_engine.ops.library import implement, reference_of, wanted_backend
 
 __all__ = ["IMPLEMENTATIONS", "interpreted", "register", "why_not_available"]
 
@@ -84,11 +84,10 @@ def _on_its_device(name: str, stem: str) -> Callable[..., Any]:
 
 
 def _function(name: str, stem: str) -> Callable[..., Any]:
-    backend = "triton"
     if reason := why_not_available():
         _warn(reason)
-        backend = "reference"
-    function: Callable[..., Any] = getattr(import_module(f"bitorch_engine.ops.{backend}.{stem}"), name)
+        return reference_of(name)
+    function: Callable[..., Any] = getattr(import_module(f"bitorch_engine.ops.triton.{stem}"), name)
     return function
 
 

@@ -26,6 +26,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_kernel_is_one_of_a_defined_op() -> None:
     assert set(triton.IMPLEMENTATIONS) <= set(defined())
+    for name, stem in triton.IMPLEMENTATIONS.items():
+        found = triton._function(name, stem)
+        assert (found.__module__, found.__name__) == (f"bitorch_engine.ops.triton.{stem}", name)
 
 
 def test_nothing_but_an_op_on_a_gpu_loads_triton() -> None:
@@ -62,6 +65,8 @@ def test_without_triton_a_gpu_runs_the_reference_and_one_warning_says_so(monkeyp
     with pytest.warns(UserWarning, match="runs in plain PyTorch on this GPU, slowly. Triton is not installed: "):
         packed = pack(values, 3)
     assert torch.equal(unpack(packed, 3, 8), values)
+    for name, stem in triton.IMPLEMENTATIONS.items():
+        assert triton._function(name, stem).__module__.startswith("bitorch_engine.ops.reference."), name
 
 
 NETWORK = """if True:
