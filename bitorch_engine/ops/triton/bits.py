@@ -12,8 +12,8 @@ from bitorch_engine.ops.triton.floats import narrowed
 _BLOCK = 1024
 """Bytes or values of one program."""
 
-MOST_COLUMNS = (1 << 31) - (1 << 20)
-"""A row up to that long, and a program's elements on top, are counted in 32 bits: ``row_of``."""
+MOST_IN_INT32 = (1 << 31) - (1 << 20)
+"""So many are counted in 32 bits, and the elements of a program that begins among them."""
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -37,7 +37,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    if channel_scale.dtype != torch.float32 or columns > MOST_COLUMNS:
+    if channel_scale.dtype != torch.float32 or columns > MOST_IN_INT32:
         return reference.dequantize(packed, channel_scale, bits, columns, dtype)
     out = packed.new_empty((channel_scale.numel(), columns), dtype=dtype)
     form = bit_format(bits)
@@ -135,7 +135,10 @@ def _words(plane, BITS: tl.constexpr):
 
 @triton.jit
 def row_of(start, inside, columns):
-    """The row of elements ``start + inside`` of a matrix: int64. One division in 64 bits, of the scalar ``start``."""
+    """The row of elements ``start + inside`` of a matrix: int64. One division in 64 bits, of the scalar ``start``.
+
+    columns: at most MOST_IN_INT32.
+    """
     row = start // columns
     left = (start - row * columns).to(tl.int32)
     return row + (left + inside) // columns

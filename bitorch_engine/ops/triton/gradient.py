@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitorch_engine.ops.reference import gradient as reference
 from bitorch_engine.ops.triton.activation import DTYPES
+from bitorch_engine.ops.triton.bits import MOST_IN_INT32
 from bitorch_engine.ops.triton.floats import widened
 from bitorch_engine.ops.triton.noise import hash32, uniform24
 
@@ -25,7 +26,7 @@ def quantize_gradient(
     if grad.dtype not in DTYPES or not 0 < grad.numel() <= 1 << 32:  # beyond, noise takes another hash
         return reference.quantize_gradient(grad, channel_factor, bits, keep, seed)
     samples, channels, pixels = grad.shape[0], grad.shape[1], prod(grad.shape[2:])
-    if channels * pixels >= 1 << 31:
+    if channels * pixels > MOST_IN_INT32:
         return reference.quantize_gradient(grad, channel_factor, bits, keep, seed)
     last = grad.movedim(1, -1).contiguous()
     factor = None if channel_factor is None else channel_factor.contiguous()

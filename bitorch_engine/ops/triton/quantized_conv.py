@@ -11,6 +11,7 @@ from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import channels_last_shape, in_memory_format, is_channels_last
 from bitorch_engine.ops.schemas import quantize_activation
+from bitorch_engine.ops.triton.bits import MOST_IN_INT32
 from bitorch_engine.ops.triton.convolve import Scales, convolve
 from bitorch_engine.ops.triton.direct import Operand, convolve_directly
 from bitorch_engine.ops.triton.geometry import phases
@@ -31,14 +32,14 @@ def suits(shape: Sequence[int], weight_shape: Sequence[int], convolution: Convol
     """Whether the kernels do a convolution of an input of ``shape``; otherwise the reference does.
 
     They have up to three spatial dimensions, float results of 16 or 32 bits, totals below 2**31 (at most 2**16 products
-    each), pixels and the bytes of one sample below 2**31, and at least one of everything.
+    each), pixels and the bytes of one sample that 32 bits count, and at least one of everything.
     """
     out = convolution.output_shape(shape, weight_shape)
     deepest = max(shape[1], out[1]) // convolution.groups * prod(weight_shape[2:])
     if len(shape) > 5 or min(*shape, *out) < 1 or not 0 < deepest < _DEEPEST or not set(dtypes) <= set(_DTYPES):
         return False
     sizes = [size for s in (shape, out) for size in (s[0] * prod(s[2:]), (s[1] + 16) * prod(s[2:]))]
-    return max(sizes) < 1 << 31
+    return max(sizes) <= MOST_IN_INT32
 
 
 def conv(

@@ -15,7 +15,7 @@ from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.reference import update as reference
 from bitorch_engine.ops.reference.levels import step_key
 from bitorch_engine.ops.reference.noise import as_int32
-from bitorch_engine.ops.triton.bits import MOST_COLUMNS, row_of, spread
+from bitorch_engine.ops.triton.bits import MOST_IN_INT32, row_of, spread
 from bitorch_engine.ops.triton.floats import widened
 from bitorch_engine.ops.triton.levels import load_levels, moved, store_levels
 from bitorch_engine.ops.triton.moments import from_element, load_moment, store_moment
@@ -65,7 +65,7 @@ def update_(
         dtype != torch.float32
         or grad.dtype not in _GRADS
         or scale.dtype != torch.float32
-        or columns > MOST_COLUMNS
+        or columns > MOST_IN_INT32
         or any(moment.dtype not in _MOMENTS or moment.data_ptr() % 4 for moment in moments)
         or not all(tensor.is_contiguous() for tensor in held)
     ):
