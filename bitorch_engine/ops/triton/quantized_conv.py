@@ -10,7 +10,7 @@ from torch import Tensor
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import channels_last_shape, in_memory_format, is_channels_last
-from bitorch_engine.ops.schemas import quantize_activation
+from bitorch_engine.ops.triton.activation import quantize_activation
 from bitorch_engine.ops.triton.bits import MOST_IN_INT32
 from bitorch_engine.ops.triton.convolve import Scales, convolve
 from bitorch_engine.ops.triton.direct import Operand, convolve_directly
