@@ -36,6 +36,7 @@ IMPLEMENTATIONS: dict[str, str] = {
     "conv_grad_input": "quantized_conv",
     "conv_grad_weight": "grad_weight",
     "linear_weight_only": "linear",
+    "linear_grad_input": "linear",
 }
 """One row per op that has a kernel: the file here that holds the function of that name."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.reference import linear as reference
 from bitorch_engine.ops.triton import interpreter
-from bitorch_engine.ops.triton.bits import load_index
+from bitorch_engine.ops.triton.bits import MOST_IN_INT32, dequantize, load_index
 from bitorch_engine.ops.triton.floats import narrowed, widened
 
 interpreter.repair()
@@ -26,12 +26,12 @@ def linear_weight_only(
     """As the reference, but for rounding: weights enter as codes, which are exact, and the scale comes after the sum.
 
     To the reference go other dtypes than float32, bfloat16 and float16, groups of a size that 32 does not divide, and
-    2**31 elements of the input or more.
+    more rows of the input than 32 bits count.
     """
     reference.check_groups(channel_scale, columns, group_size)
     rows = channel_scale.shape[0] if group_size else channel_scale.numel()
     count = prod(x.shape[:-1])
-    if x.dtype not in _DTYPES or group_size % 32 or not (rows and columns and 0 < count < 1 << 31):
+    if x.dtype not in _DTYPES or group_size % 32 or not (rows and columns and 0 < count <= MOST_IN_INT32):
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
     values, packed = x.reshape(-1, columns).contiguous(), packed.contiguous()
     scale = channel_scale.to(torch.float32).contiguous()
@@ -69,6 +69,11 @@ def linear_weight_only(
         num_stages=3,
     )
     return out
+
+
+def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
+    """As the reference: torch's product, with a weight that becomes float in one pass."""
+    return grad @ dequantize(packed, channel_scale.to(torch.float32).view(-1), bits, columns, grad.dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -91,6 +91,18 @@ def test_long_rows_and_several_blocks(count: int) -> None:
     assert_as_near_as_torch(x, weight, None, run(x, packed, scale.view(-1), 4, None, 1120))
 
 
+@pytest.mark.parametrize(
+    ("rows", "bits", "dtype"), [(7, 4, torch.float32), (1, 3, torch.bfloat16), (0, 8, torch.float16)]
+)
+def test_the_gradient_of_the_input_is_the_product_with_the_weight(rows: int, bits: int, dtype: torch.dtype) -> None:
+    packed, scale, weight = weight_of(19, 45, bits)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    grad = torch.randn(rows, 19).to(dtype)
+    found = kernels.linear_grad_input(grad.to(device), packed.to(device), scale.view(-1).to(device), bits, 45).cpu()
+    assert found.dtype == dtype
+    assert torch.allclose(found.double(), grad.double() @ weight, rtol=0, atol=64 * torch.finfo(dtype).eps)
+
+
 def test_what_the_kernels_do_not_suit_goes_to_the_reference() -> None:
     packed, scale, weight = weight_of(6, 45, 3, 3)
     x = torch.randn(2, 45)
