@@ -133,7 +133,7 @@ _GROUPED = 8
 """Blocks of pixels that go through all blocks of channels together, so that the cache keeps both."""
 
 
-@triton.jit(do_not_specialize=["pixels", "taps", "source", "lengths", "kernel", "phase"])
+@triton.jit(do_not_specialize=["pixels", "taps"])
 def _convolve(
     image,
     padding,

@@ -92,7 +92,7 @@ def convolve_directly(
     return out
 
 
-@triton.jit(do_not_specialize=["pixels", "groups", "inputs", "outputs", "taps", "source", "lengths", "kernel", "phase"])
+@triton.jit(do_not_specialize=["pixels", "groups", "inputs", "outputs", "taps"])
 def _convolve_directly(
     values,
     low,

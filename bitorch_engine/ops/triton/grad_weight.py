@@ -127,7 +127,7 @@ def _share(pixels: int, blocks: int, unit: int) -> int:
     return triton.cdiv(triton.cdiv(pixels, shares), unit) * unit
 
 
-@triton.jit(do_not_specialize=["pixels", "source", "pattern", "share"])
+@triton.jit(do_not_specialize=["pixels", "share"])
 def _sum_products(
     fixed,
     met,
@@ -194,7 +194,7 @@ def _sum_products(
     tl.atomic_add(total + place, sums.to(total.dtype.element_ty), mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["pixels", "rows", "columns", "groups", "source", "pattern", "share"])
+@triton.jit(do_not_specialize=["pixels", "rows", "columns", "groups", "share"])
 def _sum_directly(
     fixed,
     met,
