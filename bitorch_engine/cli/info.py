@@ -56,11 +56,12 @@ def kernel_facts() -> dict[str, Any]:
     reason.  "GPU ops": of each, "Triton" or "plain PyTorch"; of none where there is no GPU.
     """
     in_use, no_triton = _in_use(), _why_no_triton()
+    how = "interpreted on the CPU, slowly" if triton.interpreted() else "compiled at the first call"
     return {
         "instruction set": _instruction_set(),
         "kernels": {name: _used(isas) for name, isas in cpu.kernels().items()} if in_use else {},
         "ops": {op: "kernels" if in_use and op in cpu.IMPLEMENTATIONS else "plain PyTorch" for op in defined()},
-        "GPU kernels": f"none: {no_triton}" if no_triton else f"Triton {_triton_version()}, compiled at the first call",
+        "GPU kernels": f"none: {no_triton}" if no_triton else f"Triton {_triton_version()}, {how}",
         "GPU ops": {
             op: "Triton" if not no_triton and op in triton.IMPLEMENTATIONS else "plain PyTorch"
             for op in (defined() if torch.cuda.device_count() else [])

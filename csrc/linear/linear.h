@@ -5,7 +5,8 @@
 //
 //   q = 65536 * high + 256 * middle + low,   each digit a signed byte,
 //
-// which is as exact as float32 but where a group has values that are far larger than all others. Sums of index * digit are exact, and so is taking
+// which is as exact as float32 unless a group has values that are far larger than the others: a weight may be 0 there,
+// and the others then have fewer digits than they need. Sums of index * digit are exact, and so is taking
 // lowest_code * digit from them; a sum of a group becomes float, once for each digit, and is multiplied by s.
 // The other widths are unpacked, and multiplied as floats, and so are activations whose digits would not be exact.
 #pragma once
@@ -33,8 +34,9 @@ struct Digits {
   int64_t columns;
 };
 
-// Returns false where a value is not finite or tiny, or where rounding to digits moves x by more than eight times what
-// rounding to float32 does: about half as many times as sums of float32 are off.
+// Returns false where a value is not finite or tiny, or where the largest of a group is above about sixteen ordinary
+// ones (is_even of digits.h). Up to there rounding to digits, s / sqrt(12), moves an ordinary value by at most nine times
+// 2**-24 of it, which is about half of what float32 sums of some hundred products are off.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
 // sums[r] = sum over k of code[r][k] * x[k] for `count` rows, which are row_bytes apart.

@@ -22,7 +22,7 @@ inline __m512i values(__m512i bytes, int place) {
 
 template <int BITS>
 void dot_four(const uint8_t* const* rows, int64_t row_bytes, const Digits& x, float* sums) {
-  constexpr int64_t BYTES = GROUP * BITS / 8, VECTORS = BYTES / WIDTH;
+  constexpr int64_t BYTES = GROUP * BITS / 8;
   __m512 sum[ROWS_AT_ONCE];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS_AT_ONCE; ++r) sum[r] = _mm512_setzero_ps();

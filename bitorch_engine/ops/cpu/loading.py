@@ -23,7 +23,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not _PATH.exists():
         if _OTHER:
             raise RuntimeError(f"BITORCH_ENGINE_LIBRARY={_OTHER}: there is no such file.")
-        return None, "the installation did not compile them (a C++17 compiler is needed: then `pip install` again)."
+        return None, (
+            "the installation did not compile them (a C++17 compiler is needed: then `pip install` again, or "
+            "`make kernels` in the source tree)."
+        )
     try:
         return ctypes.CDLL(str(_PATH)), ""
     except OSError as error:

@@ -100,6 +100,23 @@ def test_a_few_large_activations_among_small_ones(isa: str, bits: int, size: flo
 
 
 @each_isa
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("columns", [64, 160, 520, 1000])
+@pytest.mark.parametrize(("count", "size"), [(1, 1e3), (1, 1e6), (3, 1e5), (9, 1e4), (20, 30.0)])
+def test_large_activations_whose_weights_are_zero(isa: str, bits: int, columns: int, count: int, size: float) -> None:
+    packed, scale, weight = _weight(137, columns, bits)
+    codes = ops.unpack(packed, bits, 137 * columns).view(137, columns)
+    codes[:, -count:] = 2 ** (bits - 1)  # the index of 0
+    weight[:, -count:] = 0
+    x = torch.randn(3, columns)
+    x[:, -count:] = size
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, ops.pack(codes.flatten(), bits), scale.view(-1), bits, None, columns)
+        ours, theirs = _errors(found, x, weight)
+    assert ours <= 2 * theirs
+
+
+@each_isa
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_activations_that_are_not_finite_give_what_torch_gives(isa: str, bits: int, odd: float) -> None:
