@@ -43,9 +43,9 @@ have been measured 100 times too slow, and peers as much as ours."""
 
 
 def settings_here() -> list[str]:
-    """The settings that say something here: a cap at the best instruction set that the processor has caps nothing."""
-    best = available_isas()[-1]
-    return [name for name, (_, environment) in SETTINGS.items() if environment.get("BITORCH_ENGINE_CPU") != best]
+    """The settings that say something here: a cap caps what is better, which this processor must have."""
+    caps = {None, *available_isas()[:-1]}
+    return [name for name, (_, environment) in SETTINGS.items() if environment.get("BITORCH_ENGINE_CPU") in caps]
 
 
 def every_contest(setting: str, *, quick: bool) -> Iterator[Contest]:
