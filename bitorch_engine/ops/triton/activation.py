@@ -78,6 +78,18 @@ def _in_order(last: Tensor, channels_last: bool) -> Tensor:
 
 
 @triton.jit
+def quantized(value, scale, lowest, BITS: tl.constexpr):
+    """(value / scale, index of its code), float32 and int32. NaN is taken as 0."""
+    ratio = value * tl.div_rn(1.0, tl.load(scale))
+    ratio = tl.where(ratio == ratio, ratio, 0.0)
+    if BITS == 1:
+        index = (ratio >= 0).to(tl.int32)
+    else:
+        index = tl.minimum(tl.maximum(rounded(ratio) - lowest, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    return ratio, index
+
+
+@triton.jit
 def _quantize(
     x, scale, low, codes, beyond, poison, count, BITS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr
 ):
@@ -90,15 +102,11 @@ def _quantize(
     tl.store(poison, float("nan"), mask=lost > 0)  # whoever finds one writes the same
 
     lowest = tl.load(low)
-    ratio = value * tl.div_rn(1.0, tl.load(scale))
-    ratio = tl.where(ratio == ratio, ratio, 0.0)
+    ratio, index = quantized(value, scale, lowest, BITS)
     if BITS == 1:
-        index = (ratio >= 0).to(tl.int32)
         outside = tl.abs(ratio) > 1
     else:
-        whole = tl.minimum(tl.maximum(rounded(ratio) - lowest, 0.0), (1 << BITS) - 1.0)
-        index = whole.to(tl.int32)
-        outside = tl.where(index == 0, ratio < lowest, ratio > whole + lowest)
+        outside = tl.where(index == 0, ratio < lowest, ratio > index.to(tl.float32) + lowest)
     store_tile(codes + start // 8 * BITS, group, left, index, BITS, WORDS)
     store_tile(beyond + start // 8, group, left, outside.to(tl.int32), 1, WORDS)
 

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format
+from bitorch_engine.ops.triton.activation import quantized
 from bitorch_engine.ops.triton.bits import load_index, row_of
-from bitorch_engine.ops.triton.floats import rounded, widened
+from bitorch_engine.ops.triton.floats import widened
 
 _BLOCK = 1024
 _ROWS, _COLUMNS = 16, 128
@@ -207,12 +208,7 @@ def _quantize(
     address, write, at, real = _places(image, padding, size, padding_size, channels, row, WHOLE, BLOCK)
     low_code = tl.load(low)
     value = widened(tl.load(x + at, mask=real, other=0.0))
-    ratio = value * tl.div_rn(1.0, tl.load(scale))
-    ratio = tl.where(ratio == ratio, ratio, 0.0)
-    if BITS == 1:
-        index = (ratio >= 0).to(tl.int32)
-    else:
-        index = tl.minimum(tl.maximum(rounded(ratio) - low_code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    _, index = quantized(value, scale, low_code, BITS)
     byte = tl.where(real, _signed_byte(index, low_code, BITS, STEP), _padding(low_code, BITS))
     tl.store(address, byte, mask=write)
     finite = tl.min((tl.abs(value) <= 3.4028234663852886e38).to(tl.int32))
