@@ -2,7 +2,7 @@
 
 from bitorch_engine import optim
 from bitorch_engine.checkpoint import load, save
-from bitorch_engine.convert import quantize_
+from bitorch_engine.convert import fuse_batch_norm_, quantize_
 from bitorch_engine.layers.qconv.binary import (
     BinaryConv1d,
     BinaryConv2d,
@@ -36,6 +36,7 @@ __all__ = [
     "BinaryLinearBase",
     "BinaryLinearParameter",
     "compress_saved_tensors",
+    "fuse_batch_norm_",
     "load",
     "nBitConv1d",
     "nBitConv2d",

@@ -21,7 +21,9 @@ class WeightAccess(LowBitLayer):
         weight = self._packed_weight()
         if x.shape != weight.shape or x.is_floating_point():
             raise ValueError(f"codes must be integers of shape {tuple(weight.shape)}, got {x.dtype} {tuple(x.shape)}.")
-        weight.data = self.parameter_class(x.to(weight.device), w_bit=self.w_bit, scale=weight.channel_scale)
+        taken = self.parameter_class(x.to(weight.device), w_bit=self.w_bit)
+        taken.channel_scale = weight.channel_scale  # as it is: a folded BatchNorm may have made it negative
+        weight.data = taken
 
     def generate_quantized_weight(self, qweight_only: bool = False) -> None:
         """Drop the training state where ``qweight_only``: what stays are the codes and their scale."""

@@ -22,7 +22,8 @@ class PackedParameter(nn.Parameter):
     ``.grad`` is an ordinary float tensor. What is stored are plain tensors:
 
     packed:         uint8, the codes' indices, ``w_bit`` bits each, in the order of ``to_rows`` (see ``bits.packing``)
-    channel_scale:  float32, (R,), one scale an output channel; a weight is worth code * scale
+    channel_scale:  float32, (R,), one scale an output channel; a weight is worth code * scale. It is positive, but for
+                    what ``multiply_channels_`` has made of it
     residual:       uint8, ``8 - w_bit`` bits each: how far the weight is within its code. Training state, or None
     scale_moments:  float32, (2, R), Adam's moments of the scale where it is learned, or None
 
@@ -330,6 +331,13 @@ class PackedParameter(nn.Parameter):
                 self.residual.copy_(_pack_residual(ops.dither_levels(index, form, 0), form))
         else:
             self._add_(rows - self.level_values())
+        self.count_version_()
+
+    def multiply_channels_(self, factor: Tensor) -> None:
+        """Multiply each output channel by a number, (R,), which may be negative or 0: the scales take it, exactly but
+        for their rounding, and the codes stay."""
+        self.channel_scale = (self.channel_scale * factor).to(torch.float32)
+        self.scale_moments = None  # of gradients of another scale
         self.count_version_()
 
     def on_grid(self, rows: Tensor) -> Tensor | None:

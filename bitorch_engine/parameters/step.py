@@ -101,7 +101,8 @@ def step_(
             scale.mul_(factor)
         if weight_decay:
             # The floor: where the scale is down to lr, one step already moves a whole code.
-            scale.copy_(torch.maximum(scale * (1 - lr * weight_decay), scale.clamp_max(lr)))
+            size = scale.abs()
+            scale.copy_(torch.maximum(size * (1 - lr * weight_decay), size.clamp_max(lr)).copysign(scale))
     weight.count_version_()
 
 
@@ -289,10 +290,11 @@ def _scale_factor_(weight: "PackedParameter", grad_rows: Tensor, lr: float, coun
     """Advance the moments of a learned scale and return what to multiply it by: (R,), near 1.
 
     The gradient of a scale is the sum over its channel of gradient * code. The step is multiplicative, at the weights'
-    rate: Adam's absolute step would be too coarse for a scale of 0.01.
+    rate: Adam's absolute step would be too coarse for a scale of 0.01. What moves is thus the size of the scale, whose
+    gradient has the other sign where the scale is negative.
     """
     rows = weight.to_rows(weight.codes)
-    grad = ops.tree_sum(grad_rows.to(torch.float32) * rows)
+    grad = ops.tree_sum(grad_rows.to(torch.float32) * rows) * weight.channel_scale.sign()
     if weight.scale_moments is None:
         weight.scale_moments = torch.zeros(2, grad.numel(), device=grad.device)
     (m, v), (beta1, beta2) = weight.scale_moments, _SCALE_BETAS

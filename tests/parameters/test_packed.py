@@ -326,6 +326,28 @@ class TestTrainingState:
             assert torch.equal(value, before[name]) if isinstance(value, Tensor) else value == before[name], name
 
 
+class TestMultiplyChannels:
+    @pytest.mark.parametrize("layout", [{}, {"transposed": True, "groups": 2}])
+    @pytest.mark.parametrize("w_bit", range(1, 9))
+    def test_each_output_channel_is_multiplied_and_no_code_changes(self, w_bit: int, layout: dict[str, Any]) -> None:
+        weight = nBitConvParameter(torch.randn(4, 3, 3), w_bit=w_bit, **layout)
+        before, packed, seen = weight.dequantize(), weight.packed.clone(), weight.packed._version
+        factor = torch.tensor([-2.0, 0.5, 0.0, 4.0, -1.0, 1.0])[: weight.channel_scale.numel()]
+        weight.multiply_channels_(factor)
+        expected = weight.to_rows(before) * factor[:, None]
+        assert torch.equal(weight.to_rows(weight.dequantize()), expected)
+        assert torch.equal(weight.packed, packed) and weight.packed._version > seen
+
+    @pytest.mark.parametrize("w_bit", range(1, 9))
+    def test_a_write_reads_scales_that_are_negative_or_0(self, w_bit: int) -> None:
+        weight = nBitConvParameter(torch.randn(3, 5, 3), w_bit=w_bit)
+        weight.multiply_channels_(torch.tensor([-2.0, 0.5, 0.0]))
+        before = weight.dequantize()
+        with torch.no_grad():
+            weight.copy_(before)
+        assert torch.equal(weight.dequantize(), before)
+
+
 class TestQuantize:
     def test_new_values_come_with_a_new_scale_and_a_new_residual_in_place(self) -> None:
         weight, data = nBitConvParameter(torch.randn(4, 3, 3, 3), w_bit=3), torch.randn(4, 3, 3, 3) * 50

@@ -369,6 +369,37 @@ class TestArguments:
         assert torch.allclose(ratio, torch.tensor([(1 - lr) ** 20, (1 + lr) ** 20, 1.0]), rtol=1e-4)
 
 
+class TestScalesThatAreNotPositive:
+    """What folding a BatchNorm with a negative weight leaves."""
+
+    @pytest.mark.parametrize("memory", ["fp32", "channel", "none"])
+    @pytest.mark.parametrize("w_bit", WIDTHS)
+    def test_a_step_moves_the_weight_against_its_gradient(self, w_bit: int, memory: str) -> None:
+        weight = nBitConvParameter(torch.randn(32, 32, 3, 3) * 0.034, w_bit=w_bit)
+        weight.multiply_channels_(torch.tensor([-1.0, 1.0, -0.5, 0.0]).repeat(8))
+        grad, step, state = signs(weight.shape), torch.zeros(()), moments(weight, memory)
+        before, steps, lr = weight.dequantize(), 30, 1e-4
+        for _ in range(steps):
+            update(weight, **state, step=step, lr=lr, grad=grad)
+        forward = ((weight.dequantize() - before) * -grad).view(8, 4, -1).mean((0, 2)) / (steps * lr)
+        assert bool(((forward[:3] > 0.4) & (forward[:3] < 1.3)).all())
+        assert forward[3] == 0
+
+    def test_weight_decay_makes_it_smaller_down_to_lr(self) -> None:
+        weight = nBitConvParameter(torch.ones(4, 3, 1, 1, dtype=torch.int8))
+        weight.multiply_channels_(torch.tensor([-1.0, -0.015, -0.003, 0.0]))
+        update(weight, lr=0.01, weight_decay=5.0, grad=torch.zeros(weight.shape))
+        assert weight.channel_scale.tolist() == pytest.approx([-0.95, -0.01425, -0.003, 0.0])
+
+    def test_a_learned_one_follows_its_gradient(self) -> None:
+        weight = nBitConvParameter(torch.randn(3, 4, 3, 3), w_bit=3, learn_scale=True)
+        weight.multiply_channels_(torch.tensor([-1.0, -1.0, 0.0]))
+        before = weight.channel_scale.clone()
+        grad = weight.codes * torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1, 1)
+        update(weight, lr=1e-3, grad=grad)
+        assert torch.allclose(weight.channel_scale, before * torch.tensor([1.001, 0.999, 1.0]), rtol=1e-6)
+
+
 class HalfProjector:
     """Keeps the even columns of the gradient's rows."""
 

@@ -603,6 +603,7 @@ class TestConv2dBase:
 
     def test_set_quantized_weight_data_takes_codes_and_keeps_the_scale(self) -> None:
         layer = nBitConv2dBase(3, 4, 3)
+        layer.weight.multiply_channels_(torch.tensor([1.0, -2.0, 0.0, 1.0]))
         weight, scale = layer.weight, layer.weight.channel_scale.clone()
         codes = torch.randint(-8, 8, (4, 3, 3, 3), dtype=torch.int8)
         layer.set_quantized_weight_data(codes)
