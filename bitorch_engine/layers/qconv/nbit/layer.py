@@ -45,8 +45,12 @@ class _Forward(nBitConv):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.a_bit is None and self.g_bit is None:
-            # torch's own operator: autograd saves the weight as it is, packed.
-            return self._conv_forward(input, self.weight, self.bias)
+            # torch's own operator: autograd saves the weight as it is, packed. Where it saves none, the weight goes
+            # there as floats: the way of a tensor subclass through torch's dispatcher takes 0.15 ms a call.
+            weight = self.weight
+            if isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
+                weight = weight.dequantize()
+            return self._conv_forward(input, weight, self.bias)
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         if self.padding_mode != "zeros":
             return self._convolve(F.pad(input, padding, mode=self.padding_mode), (0,) * len(self.kernel_size))
