@@ -1,9 +1,11 @@
 """Contests of a whole network of ResNet-18's size: one training step, and one inference.
 
 Images are 224 x 224, channels last for everyone. As in ``benchmarks.memory`` the linear head stays float32, and the
-first convolution keeps its float input.
+first convolution keeps its float input. In inference BatchNorm is folded into the convolutions for everyone: with
+``fuse_batch_norm_`` in ours, with torch's own ``torch.fx.experimental.optimization.fuse`` in the peers.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -11,9 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 from benchmarks.resnet18 import resnet18
-from bitorch_engine import quantize_
+from bitorch_engine import fuse_batch_norm_, quantize_
 from bitorch_engine.cli.bench.contest import Contest, Goal
 from bitorch_engine.cli.bench.contests import inference
 from bitorch_engine.cli.bench.timing import Function
@@ -81,10 +84,15 @@ def _step(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, *, autocast: b
 
 
 def _inferences() -> dict[str, Function]:
-    x = _images(1)
-    found = {name: inference(network(*bits), x) for name, bits in {"w1a1": (1, 1), "w4a8": (4, 8)}.items()}
-    float32 = network(None)
-    found["fp32: torch channels_last"] = inference(float32, x)
-    found["fp32: torch NCHW"] = inference(network(None).to(memory_format=torch.contiguous_format), x.contiguous())
-    found["bf16: torch channels_last"] = inference(network(None).bfloat16(), x.bfloat16())
+    x, found = _images(1), {}
+    for name, bits in {"w1a1": (1, 1), "w4a8": (4, 8)}.items():
+        model = network(*bits)
+        inference(model, x)  # sees an image in training, which sets the activation scales
+        fuse_batch_norm_(model)
+        found[name] = inference(model, x)
+    float32 = fuse(network(None).eval())
+    found["fp32: torch channels_last, folded"] = inference(float32, x)
+    contiguous = copy.deepcopy(float32).to(memory_format=torch.contiguous_format)
+    found["fp32: torch NCHW, folded"] = inference(contiguous, x.contiguous())
+    found["bf16: torch channels_last, folded"] = inference(copy.deepcopy(float32).bfloat16(), x.bfloat16())
     return found
