@@ -12,28 +12,28 @@ namespace {
 
 constexpr int64_t PIXELS = 4;  // of a tile
 
-// MR pixels times a block of 16 channels, STEPS steps of four products each: totals += unit * sums.
-// vpmaddubsw adds two products in 16 bits; STEPS such sums fit there before they are widened.
-template <int MR, int STEPS>
-__attribute__((always_inline)) inline void steps(const uint8_t* const (&pixel)[MR], int64_t k, const int8_t* weights,
-                                                 __m256i unit, int32_t* totals) {
-  __m256i sum[MR][2];
-#pragma GCC unroll 16
-  for (int g = 0; g < STEPS; ++g) {
-    const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 64 * g));
-    const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 64 * g + 32));
+// MR pixels times a block of 16 channels, one step: sum += four products of each.
+template <int MR>
+__attribute__((always_inline)) inline void step(const uint8_t* const (&pixel)[MR], int64_t k, const int8_t* weights,
+                                                bool first, __m256i (&sum)[MR][2]) {
+  const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
+  const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32));
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) {
-      int four;
-      __builtin_memcpy(&four, pixel[m] + k + 4 * g, 4);
-      const __m256i x = _mm256_set1_epi32(four);
-      const __m256i a = _mm256_maddubs_epi16(x, left), b = _mm256_maddubs_epi16(x, right);
-      sum[m][0] = g ? _mm256_add_epi16(sum[m][0], a) : a;
-      sum[m][1] = g ? _mm256_add_epi16(sum[m][1], b) : b;
-      // Or else the compiler multiplies all first and adds later, and spills every product.
-      __asm__ volatile("" : "+x"(sum[m][0]), "+x"(sum[m][1]));
-    }
+  for (int m = 0; m < MR; ++m) {
+    int four;
+    __builtin_memcpy(&four, pixel[m] + k, 4);
+    const __m256i x = _mm256_set1_epi32(four);
+    const __m256i a = _mm256_maddubs_epi16(x, left), b = _mm256_maddubs_epi16(x, right);
+    sum[m][0] = first ? a : _mm256_add_epi16(sum[m][0], a);
+    sum[m][1] = first ? b : _mm256_add_epi16(sum[m][1], b);
+    // Or else the compiler multiplies all first and adds later, and spills every product.
+    __asm__ volatile("" : "+x"(sum[m][0]), "+x"(sum[m][1]));
   }
+}
+
+// totals += unit * sum
+template <int MR>
+__attribute__((always_inline)) inline void widen(const __m256i (&sum)[MR][2], __m256i unit, int32_t* totals) {
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
@@ -43,8 +43,9 @@ __attribute__((always_inline)) inline void steps(const uint8_t* const (&pixel)[M
     }
 }
 
-// Eight 16-bit sums, two vectors of weights and a pixel are in registers; the totals are in the L1 cache, touched once in
-// STEPS steps.
+// vpmaddubsw adds two products in 16 bits; STEPS such sums fit there before they are widened. Eight 16-bit sums, two
+// vectors of weights and a pixel are in registers; the totals are in the L1 cache, touched once in STEPS steps, and once
+// in the rest of a tap.
 template <int MR, int STEPS>
 void tile(const Tile& t, int64_t first, const int8_t* weights, int unit, int32_t* totals) {
   const __m256i units = _mm256_set1_epi16(static_cast<int16_t>(unit));
@@ -53,11 +54,16 @@ void tile(const Tile& t, int64_t first, const int8_t* weights, int unit, int32_t
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
     int64_t k = 0;
-    for (; k + 4 * STEPS <= t.tap_depth; k += 4 * STEPS, weights += 64 * STEPS)
-      steps<MR, STEPS>(pixel, k, weights, units, totals);
-    if (STEPS > 4)
-      for (; k + 16 <= t.tap_depth; k += 16, weights += 64 * 4) steps<MR, 4>(pixel, k, weights, units, totals);
-    for (; k < t.tap_depth; k += 4, weights += 64) steps<MR, 1>(pixel, k, weights, units, totals);
+    __m256i sum[MR][2];
+    for (; k + 4 * STEPS <= t.tap_depth; k += 4 * STEPS, weights += 64 * STEPS) {
+#pragma GCC unroll 16
+      for (int g = 0; g < STEPS; ++g) step<MR>(pixel, k + 4 * g, weights + 64 * g, g == 0, sum);
+      widen<MR>(sum, units, totals);
+    }
+    if (k == t.tap_depth) continue;
+    step<MR>(pixel, k, weights, true, sum);
+    for (k += 4, weights += 64; k < t.tap_depth; k += 4, weights += 64) step<MR>(pixel, k, weights, false, sum);
+    widen<MR>(sum, units, totals);
   }
 }
 
