@@ -2,7 +2,8 @@
 
 Images are 224 x 224, channels last for everyone. As in ``benchmarks.memory`` the linear head stays float32, and the
 first convolution keeps its float input. In inference BatchNorm is folded into the convolutions for everyone: with
-``fuse_batch_norm_`` in ours, with torch's own ``torch.fx.experimental.optimization.fuse`` in the peers.
+``fuse_batch_norm_`` in ours, with torch's own ``torch.fx.experimental.optimization.fuse`` in the peers. *8-bit image*:
+the first convolution, too, has quantized input, which pixels are anyway, and 4-bit weights.
 """
 
 import copy
@@ -35,6 +36,8 @@ INFERENCE_GOALS = (
     Goal("inference w1a1", "w1a1", "fp32", 6, 9),
     Goal("inference w4a8", "w4a8", "fp32", 2.8, 3.5),
     Goal("inference w4a8", "w4a8", "bf16"),
+    Goal("inference w1a1, 8-bit image", "w1a1, 8-bit image", "fp32"),
+    Goal("inference w4a8, 8-bit image", "w4a8, 8-bit image", "fp32"),
 )
 
 
@@ -44,12 +47,14 @@ def contests(batch: int) -> Iterator[Contest]:
     yield Contest("network", "inference, batch 1", INFERENCE_GOALS, _inferences, 0)
 
 
-def network(w_bit: int | None, a_bit: int | None = None, g_bit: int | None = None) -> nn.Sequential:
-    """w_bit None: float32."""
+def network(
+    w_bit: int | None, a_bit: int | None = None, g_bit: int | None = None, *, first: dict[str, int | None] | None = None
+) -> nn.Sequential:
+    """w_bit None: float32.  first: what the first convolution has instead; by default float input."""
     model = resnet18().to(memory_format=torch.channels_last)
     if w_bit is not None:
         head = str(len(model) - 1)
-        quantize_(model, w_bit, a_bit, g_bit, skip=head, overrides={"0": {"a_bit": None}})
+        quantize_(model, w_bit, a_bit, g_bit, skip=head, overrides={"0": first or {"a_bit": None}})
     return model
 
 
@@ -86,10 +91,11 @@ def _step(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, *, autocast: b
 def _inferences() -> dict[str, Function]:
     x, found = _images(1), {}
     for name, bits in {"w1a1": (1, 1), "w4a8": (4, 8)}.items():
-        model = network(*bits)
-        inference(model, x)  # sees an image in training, which sets the activation scales
-        fuse_batch_norm_(model)
-        found[name] = inference(model, x)
+        for image, first in {"": None, ", 8-bit image": {"w_bit": 4, "a_bit": 8}}.items():
+            model = network(*bits, first=first)
+            inference(model, x)  # sees an image in training, which sets the activation scales
+            fuse_batch_norm_(model)
+            found[name + image] = inference(model, x)
     float32 = fuse(network(None).eval())
     found["fp32: torch channels_last, folded"] = inference(float32, x)
     contiguous = copy.deepcopy(float32).to(memory_format=torch.contiguous_format)
