@@ -136,7 +136,9 @@ def _check_names(expected: set[str], stored: set[str], way_out: str) -> None:
     problems = {"lacks": expected - stored, "has, where the model has not,": stored - expected}
     if any(problems.values()):
         said = " and ".join(f"{verb} {_some(names)}" for verb, names in problems.items() if names)
-        raise CheckpointError(f"the file {said}; {_REBUILD}{way_out}.")
+        folded = any(name.rpartition(".")[2] == "running_var" for name in expected ^ stored)
+        folds = ", with fuse_batch_norm_ if it was called then, and without if not" if folded else ""
+        raise CheckpointError(f"the file {said}; {_REBUILD}{folds}{way_out}.")
 
 
 def _check_shared(entries: dict[str, Any], stored: StoredModel) -> None:

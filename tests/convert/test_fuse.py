@@ -338,6 +338,10 @@ def test_a_stored_folded_model_loads_into_one_that_is_folded(tmp_path, quantized
     fresh = make()
     if quantized:
         be.quantize_(fresh, 3, 8, overrides={"0": {"a_bit": None}})
+    with pytest.raises(
+        ValueError, match="build the model as it was saved, with fuse_batch_norm_ if it was called then"
+    ):
+        be.load(fresh, tmp_path / "model.safetensors")
     be.fuse_batch_norm_(fresh.eval())
     be.load(fresh, tmp_path / "model.safetensors")
     assert torch.equal(fresh(x), net(x))
