@@ -52,6 +52,16 @@ _on_cpu: dict[str, Callable[..., Any]] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel on the CPU may read the memory of a tensor as its values."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()  # a view that stands for its negative, as the imaginary part of a conjugate
+    )
+
+
 def _caller(name: str, op: Any) -> Callable[..., Any]:
     """A function that does what the op does. For plain tensors on the CPU, where nothing listens, it calls the
     backend's function itself: the dispatcher adds up to 20 us, more than many a kernel takes."""
@@ -63,7 +73,7 @@ def _caller(name: str, op: Any) -> Callable[..., Any]:
             return op(*args, **kwargs)
         for place in places:
             tensor = args[place]
-            if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+            if tensor is not None and not is_plain(tensor):
                 return op(*args, **kwargs)
         return _on_cpu.get(name, op)(*args, **kwargs)
 

@@ -72,6 +72,18 @@ def test_plain_tensors_take_the_short_way(short_ways: list[str]) -> None:
     assert short_ways == []  # not where gradients are recorded
 
 
+def test_a_negative_view_is_read_as_what_it_stands_for(short_ways: list[str]) -> None:
+    x = torch.randn(2, 4, 5, 5)
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    module = layer()
+    short_ways.clear()
+    with torch.no_grad():
+        y = module(negative)
+        assert short_ways == []
+        assert torch.equal(y, module(x))
+
+
 def test_modes_hear_of_the_op(short_ways: list[str]) -> None:
     module, x = layer(), torch.randn(2, 4, 5, 5)
     short_ways.clear()
