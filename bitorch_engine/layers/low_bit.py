@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ class LowBitLayer(nn.Module):
     parameter_class: ClassVar[type[PackedParameter]] = PackedParameter
     weight: Tensor
     activation: ActivationQuantizer | None
+    _plans: dict[tuple[Any, ...], ops.Plan]
 
     def __init__(
         self,
@@ -105,6 +107,46 @@ class LowBitLayer(nn.Module):
             bound = 1 / math.sqrt(max(1, _fan_in(weight)))
             nn.init.uniform_(bias, -bound, bound)
 
+    def planned(self, x: Tensor, output_padding: tuple[int, ...] = ()) -> Tensor | None:
+        """The result for what ``multiply`` or ``multiply_float`` may take, where no gradient is recorded and it was
+        called before with such an ``x``: at small sizes looking things up takes longer than the kernel. Else None."""
+        if not ops.unobserved() or not ops.is_plain(x) or torch.is_autocast_enabled("cpu"):
+            return None
+        plans = self._plans
+        plan = plans.get((x.shape, x.stride(), x.dtype, output_padding))
+        if plan is None:
+            return None
+        # Module.__getattr__ takes as long as a small kernel.
+        activation: Any = self._modules.get("activation")
+        if activation is None:
+            scale = low = None
+        elif activation.is_ready:
+            scale, low = activation.constants()
+        else:
+            return None
+        parameters = self._parameters
+        weight: Any = parameters.get("weight")
+        packed = getattr(weight, "packed", None)
+        y = None
+        if packed is not None:
+            y = plan(x, scale, low, packed, weight.channel_scale, parameters.get("bias"))
+        if y is None:  # something was written or replaced
+            plans.clear()
+        return y
+
+    def _remember(self, plan: ops.Plan | None, x: Tensor, output_padding: Sequence[int] = ()) -> None:
+        if plan is not None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[x.shape, x.stride(), x.dtype, tuple(output_padding)] = plan
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["_plans"] = {}  # which know the attributes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plans": {}}
+
     def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
         """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
         # Module.__getattr__ takes as long as a small kernel.
@@ -133,7 +175,11 @@ class LowBitLayer(nn.Module):
             scale, low = activation.constants()
         else:
             scale, low = activation.scale, activation.low.to(torch.float32)
-        fields = (
+        arguments = (
+            x,
+            scale,
+            low,
+            self.a_bit,
             weight.packed,
             weight.channel_scale,
             self.w_bit,
@@ -141,7 +187,8 @@ class LowBitLayer(nn.Module):
             weight.shape,
             *geometry,
         )
-        return ops.conv(x, scale, low, self.a_bit, *fields)
+        self._remember(ops.plan("conv", *arguments), x, geometry.output_padding)
+        return ops.conv(*arguments)
 
     def extra_repr(self) -> str:
         bits = f", w_bit={self.w_bit}"
@@ -173,6 +220,10 @@ class LowBitLayer(nn.Module):
                 for name, current in self.activation.state_dict(prefix=prefix + "activation.").items():
                     state_dict.setdefault(name, current)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_MOST_PLANS = 64
+"""Shapes of input that a layer has plans for; with more, it makes them anew."""
 
 
 def transposed_groups(layer: nn.Module) -> int:

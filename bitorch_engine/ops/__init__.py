@@ -1,7 +1,7 @@
 """What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
 from bitorch_engine.ops import cpu, triton
-from bitorch_engine.ops.library import unobserved
+from bitorch_engine.ops.library import Plan, is_plain, plan, unobserved
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.layout import is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
@@ -41,11 +41,13 @@ __all__ = [
     "activation_grads",
     "SLICE",
     "Convolution",
+    "Plan",
     "add_",
     "all_within",
     "direction_",
     "dither_levels",
     "is_per_row",
+    "is_plain",
     "level_rate",
     "linear_grad_input",
     "linear_weight_only",
@@ -57,6 +59,7 @@ __all__ = [
     "noise_bits",
     "noise_key",
     "pack",
+    "plan",
     "store_levels_",
     "tree_sum",
     "uniform24",

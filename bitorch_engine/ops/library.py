@@ -41,6 +41,24 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] 
     return _caller(name, getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
+Plan = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None], Tensor | None]
+"""A call that is prepared for one shape, memory order and dtype of ``x``: (x, scale, low, packed, channel_scale, bias)
+to the result, or None where one of them has changed since. To be called where ``unobserved()``, with an ``x`` that
+``is_plain``."""
+
+
+def plan(name: str, x: Tensor, *args: Any) -> Plan | None:
+    """A plan for calls of an op with such an ``x`` and these arguments; None where no backend makes one."""
+    if not unobserved() or name not in _planners or not is_plain(x):
+        return None
+    return _planners[name](x, *args)
+
+
+def implement_plan(name: str, planner: Callable[..., Plan | None]) -> None:
+    """Register what makes plans for an op's plain tensors on the CPU."""
+    _planners[name] = planner
+
+
 def implement(name: str, function: Callable[..., Any], device: str) -> None:
     """Register a backend's implementation of a defined op over the reference, for one device: "CPU" or "CUDA"."""
     _LIBRARY.impl(name, function, device)
@@ -49,6 +67,7 @@ def implement(name: str, function: Callable[..., Any], device: str) -> None:
 
 
 _on_cpu: dict[str, Callable[..., Any]] = {}
+_planners: dict[str, Callable[..., Plan | None]] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
@@ -80,7 +99,7 @@ def _caller(name: str, op: Any) -> Callable[..., Any]:
     return call
 
 
-_is_compiling, _records = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_compiling, _records = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _profiles, _tracing_state = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
 _transform_level = torch._C._functorch.maybe_current_level

@@ -40,6 +40,11 @@ class ActivationQuantizer(nn.Module):
         """What one code is worth: 0-dim float32, differentiable."""
         return self.initial_scale.to(torch.float32) * self.log_gain.to(torch.float32).exp()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch has set scale and range, or a checkpoint."""
+        return self._ready
+
     def constants(self) -> tuple[Tensor, Tensor]:
         """(scale, low), both float32, as numbers that no gradient reaches: made once, as long as what they are made of
         stays. It reads values, on the CPU; a version would miss writes through ``.data``."""

@@ -377,3 +377,9 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
                  threads);
   }
 }
+
+BE_EXPORT int be_binary_planned(const Planned* p, const void* x, void* out) {
+  be_binary_conv(static_cast<const BinaryArguments*>(p->arguments), x, p->scale, p->low,
+                 static_cast<const uint32_t*>(p->weights), p->factor, p->bias, nullptr, out);
+  return 0;
+}

@@ -207,3 +207,8 @@ BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* 
                   static_cast<uint8_t*>(out)};
   return multiply_all(call) || (poison && std::isnan(*poison));
 }
+
+BE_EXPORT int be_depthwise_planned(const Planned* p, const void* x, void* out) {
+  return be_depthwise(static_cast<const QconvArguments*>(p->arguments), x, p->scale, p->low,
+                      static_cast<const uint8_t*>(p->weights), p->sums, p->factor, nullptr, p->bias, nullptr, out);
+}

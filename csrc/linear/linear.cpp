@@ -71,3 +71,17 @@ BE_EXPORT void be_linear(const float* x, int64_t rows, const uint8_t* packed, co
     }
   });
 }
+
+// All that a call of be_linear reads but x; ops/cpu/linear.py has the same fields.
+struct PlannedLinear {
+  int64_t rows;
+  const uint8_t* packed;
+  const float *scale, *bias;
+  int64_t channels, columns, bits, threads;
+};
+
+BE_EXPORT int be_linear_planned(const PlannedLinear* p, const void* x, void* out) {
+  be_linear(static_cast<const float*>(x), p->rows, p->packed, p->scale, p->bias, p->channels, p->columns,
+            static_cast<int>(p->bits), static_cast<float*>(out), static_cast<int>(p->threads));
+  return 0;
+}

@@ -267,3 +267,8 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
   multiply_all(call, threads);
   return 0;
 }
+
+BE_EXPORT int be_qconv_planned(const Planned* p, const void* x, void* out) {
+  return be_qconv(static_cast<const QconvArguments*>(p->arguments), x, p->scale, p->low,
+                  static_cast<const uint8_t*>(p->weights), p->sums, p->factor, nullptr, p->bias, nullptr, out);
+}

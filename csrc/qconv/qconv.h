@@ -85,4 +85,14 @@ struct QconvArguments {
   int64_t threads;
 };
 
+// All that a call of be_qconv, be_depthwise or be_binary_conv reads but x, for layers that are called again and again;
+// ops/cpu/plans.py has the same fields.
+struct Planned {
+  const void* arguments;
+  const float *scale, *low;
+  const void* weights;
+  const int32_t* sums;
+  const float *factor, *bias;
+};
+
 }  // namespace bitorch_engine

@@ -10,7 +10,7 @@ from typing import Any
 from bitorch_engine.ops import triton
 from bitorch_engine.ops.cpu import bits, conv, grad_weight, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
-from bitorch_engine.ops.library import implement, wanted_backend
+from bitorch_engine.ops.library import Plan, implement, implement_plan, wanted_backend
 
 __all__ = ["IMPLEMENTATIONS", "available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
 
@@ -35,6 +35,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 
+PLANNERS: dict[str, Callable[..., Plan | None]] = {"conv": conv.plan, "linear_weight_only": linear.plan}
+"""What makes plans of the ops that layers call in inference."""
+
 
 def register() -> None:
     """Put the kernels over the reference, where the library is there and another backend is not asked for."""
@@ -44,3 +47,5 @@ def register() -> None:
     if LIBRARY is not None and wanted != "reference" and not triton.interpreted():
         for name, function in IMPLEMENTATIONS.items():
             implement(name, function, "CPU")
+        for name, planner in PLANNERS.items():
+            implement_plan(name, planner)

@@ -12,7 +12,9 @@ from torch import Tensor
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
+from bitorch_engine.ops.cpu.plans import Planned, make_plan, planned
 from bitorch_engine.ops.cpu.quantize import quantize_activation
+from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
@@ -21,6 +23,7 @@ _arranged_words = function("be_binary_arranged_words", POINTER, INT, result=INT6
 _arrange = function("be_binary_arrange", POINTER, INT, POINTER, POINTER, INT)
 _has = function("be_binary_has", POINTER, INT, result=INT)
 _conv = function("be_binary_conv", *[POINTER] * 9)
+_planned = planned("be_binary_planned")
 
 _DEEPEST = 1 << 22  # products a result: float32 holds every total
 _FEWEST = 12  # channels of a group: with fewer, most of a 32-bit word is empty, and bytes are faster on every ISA
@@ -184,6 +187,34 @@ def conv(
     if problem is None:
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     return problem.run(x, scale, low, packed, channel_scale, bias, None, dtype, keep=True)
+
+
+def plan(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Plan | None:
+    """A plan of ``conv`` for what ``suits``."""
+    problem = _problem(x.shape, tuple(weight_shape), hashable(fields), x.dtype, x.stride(), x.dtype, threads())
+    if problem is None:
+        return None
+    weights = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)
+    structure = Planned(
+        problem.address,
+        scale.data_ptr(),
+        low.data_ptr(),
+        weights.data_ptr(),
+        None,
+        channel_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+    )
+    layer = (scale, low, packed, channel_scale, bias)
+    return make_plan(_planned, structure, problem.out, problem.strides, x.dtype, *layer, problem, weights)
 
 
 def conv_codes(

@@ -13,6 +13,8 @@ from bitorch_engine.ops.cpu import binary
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.cpu.plans import Planned, can_plan, make_plan, planned
+from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
@@ -25,6 +27,7 @@ _depthwise_bytes = function("be_depthwise_arranged_bytes", POINTER, INT, INT, re
 _depthwise_lanes = function("be_depthwise_lanes", POINTER, INT, INT, result=INT64)
 _depthwise_arrange = function("be_depthwise_arrange", POINTER, INT, INT, POINTER, INT, POINTER, POINTER)
 _depthwise = function("be_depthwise", *[POINTER] * 11, result=INT)
+_planned_qconv, _planned_depthwise = planned("be_qconv_planned"), planned("be_depthwise_planned")
 
 _FLOATS, _CODES, _GRADIENT = 0, 1, 2  # SourceKind of csrc/qconv/image.h
 _DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
@@ -216,6 +219,46 @@ def conv(
     if bias is not None and bias.dtype is not torch.float32:
         bias = bias.to(torch.float32)
     return problem.run(x, packed, channel_scale, y, scale, low, bias=bias, keep=True)
+
+
+def plan(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    w_bit: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Plan | None:
+    """A plan of ``conv``."""
+    if not can_plan(packed, scale, low, channel_scale, bias):
+        return None
+    if a_bit == w_bit <= 2:
+        if binary.suits_pairs(x.shape, a_bit, w_bit, weight_shape, *fields):
+            return None  # it quantizes first, in a call of its own
+        if binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
+            return binary.plan(x, scale, low, packed, channel_scale, bias, weight_shape, *fields)
+    key = (_FLOATS, x.shape, tuple(weight_shape), hashable(fields), x.stride())
+    found = _problem(*key, a_bit, w_bit, x.dtype, x.dtype, None, threads())
+    if found is None:
+        return None
+    problem, shape, strides = found
+    weights, sums = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)
+    structure = Planned(
+        problem.address,
+        scale.data_ptr(),
+        low.data_ptr(),
+        weights.data_ptr(),
+        sums.data_ptr(),
+        channel_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+    )
+    kernel = _planned_depthwise if problem.narrow else _planned_qconv
+    layer = (scale, low, packed, channel_scale, bias)
+    return make_plan(kernel, structure, shape, strides, x.dtype, *layer, problem, weights, sums)
 
 
 def conv_codes(

@@ -1,5 +1,6 @@
 """Packed weights with float activations: a block of output channels at a time becomes float, never the whole weight."""
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -7,16 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.cpu.plans import can_plan, make_plan, planned
 from bitorch_engine.ops.cpu.quantize import dequantize
+from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
 
 _linear = function("be_linear", POINTER, INT64, POINTER, POINTER, POINTER, INT64, INT64, INT, POINTER, INT)
+_planned = planned("be_linear_planned")
 
 _FEW = 8
 """Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
 
+
 BLOCK = 1 << 19
 """Weights that are float at a time, at most; eight output channels are the least. They should stay in the cache."""
+
+
+class _Planned(ctypes.Structure):
+    """PlannedLinear of csrc/linear/linear.cpp."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("packed", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("channels", "columns", "bits", "threads")),
+    )
 
 
 def linear_weight_only(
@@ -24,7 +39,7 @@ def linear_weight_only(
 ) -> Tensor:
     rows = channel_scale.shape[0] if group_size else channel_scale.numel()
     few = x.numel() // max(1, columns)
-    if 0 < few <= _FEW and group_size == 0 and columns and columns * bits % 8 == 0 == columns % 8 and x.dtype in DTYPES:
+    if group_size == 0 and x.dtype in DTYPES and _suits(few, bits, columns):
         return _few_rows(x, few, packed, channel_scale, bits, bias, columns)
     if x.numel() == 0 or rows == 0:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
@@ -34,6 +49,32 @@ def linear_weight_only(
     for first, last, weight in _blocks(packed, channel_scale.reshape(rows, -1), bits, columns, x.dtype):
         out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
     return out
+
+
+def plan(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int) -> Plan | None:
+    """A plan of ``linear_weight_only``, for a few contiguous rows of float32."""
+    few = x.numel() // max(1, columns)
+    if not (
+        x.dtype is torch.float32
+        and x.is_contiguous()
+        and _suits(few, bits, columns)
+        and can_plan(packed, channel_scale, bias)
+    ):
+        return None
+    channels = channel_scale.numel()
+    structure = _Planned(
+        few,
+        packed.data_ptr(),
+        channel_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        channels,
+        columns,
+        bits,
+        threads(),
+    )
+    out = torch.empty([*x.shape[:-1], channels], device="meta")
+    layer = (None, None, packed, channel_scale, bias)
+    return make_plan(_planned, structure, out.shape, out.stride(), x.dtype, *layer)
 
 
 def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
@@ -58,6 +99,11 @@ def _blocks(
         part = packed[first * columns * bits // 8 : (last * columns * bits + 7) // 8]
         weight = dequantize(part, scale[first:last].reshape(-1), bits, columns // groups, dtype)
         yield first, last, weight.view(-1, columns)
+
+
+def _suits(few: int, bits: int, columns: int) -> bool:
+    """Whether there are few rows of activations, and each row of codes has whole bytes."""
+    return 0 < few <= _FEW and columns * bits % 8 == 0 == columns % 8
 
 
 def _few_rows(

@@ -53,7 +53,12 @@ class _Forward(nBitConv):
             return self._conv_forward(input, weight, self.bias)
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         if self.padding_mode != "zeros":
-            return self._convolve(F.pad(input, padding, mode=self.padding_mode), (0,) * len(self.kernel_size))
+            input = F.pad(input, padding, mode=self.padding_mode)
+        planned = self.planned(input, self.output_padding)
+        if planned is not None:
+            return planned
+        if self.padding_mode != "zeros":
+            return self._convolve(input, (0,) * len(self.kernel_size))
         left = padding[-2::-2]
         if left == padding[::-2]:
             return self._convolve(input, tuple(left))
@@ -70,6 +75,9 @@ class _ForwardTransposed(nBitConv):
         output_padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
         )
+        planned = self.planned(input, tuple(output_padding))
+        if planned is not None:
+            return planned
         return self._convolve(input, padding, output_padding=tuple(output_padding))
 
 

@@ -33,6 +33,9 @@ class nBitLinear(LowBitLayer, nn.Linear):
     parameter_class: ClassVar[type[PackedParameter]] = nBitLinearParameter
 
     def forward(self, input: Tensor) -> Tensor:
+        planned = self.planned(input)
+        if planned is not None:
+            return planned
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"the input's last dimension must have in_features (={self.in_features}) elements, got "
@@ -43,7 +46,7 @@ class nBitLinear(LowBitLayer, nn.Linear):
         if input.dim() == 2:
             return self.multiply(input, _GEOMETRY)
         rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-        return self.multiply(rows, _GEOMETRY).view(*input.shape[:-1], self.out_features)
+        return self.forward(rows).view(*input.shape[:-1], self.out_features)
 
     def _multiply_float(self, x: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
@@ -52,7 +55,9 @@ class nBitLinear(LowBitLayer, nn.Linear):
         bias: Tensor | None = self._parameters.get("bias")
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
-        return ops.linear_weight_only(x, weight.packed, weight.channel_scale, self.w_bit, bias, self.in_features)
+        arguments = (x, weight.packed, weight.channel_scale, self.w_bit, bias, self.in_features)
+        self._remember(ops.plan("linear_weight_only", *arguments), x)
+        return ops.linear_weight_only(*arguments)
 
 
 class nBitLinearBase(WeightAccess, nBitLinear):

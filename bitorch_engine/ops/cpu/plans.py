@@ -1,0 +1,89 @@
+"""Plans: calls that a layer repeats, of which all but the input is looked up and handed to the kernel once."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.ops.cpu.loading import INT, POINTER, function, threads
+from bitorch_engine.ops.library import Plan, is_plain
+
+
+def planned(name: str) -> Any:
+    """A kernel that reads all but its input and its result from one structure. It returns whether all is NaN."""
+    return function(name, POINTER, POINTER, POINTER, result=INT)
+
+
+class Planned(ctypes.Structure):
+    """Planned of csrc/qconv/qconv.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("arguments", "scale", "low", "weights", "sums", "factor", "bias")
+    )
+
+
+def can_plan(packed: Tensor, *others: Tensor | None) -> bool:
+    """Whether a plan sees it when one of a layer's tensors changes, and a kernel reads them where they are.
+
+    Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen.
+    """
+    if packed.is_inference() or packed.is_shared() or not is_plain(packed):
+        return False
+    tensors = (t for t in others if t is not None)
+    return all(is_plain(t) and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def make_plan(
+    kernel: Any,
+    structure: ctypes.Structure,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    low: Tensor | None,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bias: Tensor | None,
+    *used: Any,
+) -> Plan:
+    """A plan of results of ``shape``. structure: what ``kernel`` reads. used: what else that points to, kept alive.
+
+    ``packed`` is what weights were arranged of: its version tells of writes. Scales and biases are read by every call,
+    so that only their places count; ``scale`` and ``low`` are other tensors once they have other values.
+    """
+    structure.used = used
+    address, count = ctypes.byref(structure), threads()  # keeps the structure
+    version, place, scale_place = packed._version, packed.data_ptr(), channel_scale.data_ptr()
+    bias_place = None if bias is None else bias.data_ptr()
+    float32, empty, thread_count = torch.float32, torch.empty_strided, threads
+
+    def plan(
+        x: Tensor,
+        scale_now: Tensor | None,
+        low_now: Tensor | None,
+        packed_now: Tensor,
+        channel_scale_now: Tensor,
+        bias_now: Tensor | None,
+    ) -> Tensor | None:
+        if (
+            packed_now is not packed
+            or packed._version != version
+            or packed.data_ptr() != place
+            or channel_scale_now is not channel_scale
+            or channel_scale.data_ptr() != scale_place
+            or scale_now is not scale
+            or low_now is not low
+            or bias_now is not bias
+            or (bias is not None and (bias.data_ptr() != bias_place or bias.dtype is not float32))
+            or thread_count() != count
+        ):
+            return None
+        y = empty(shape, strides, dtype=dtype)
+        if kernel(address, x.data_ptr(), y.data_ptr()):
+            y.fill_(math.nan)
+        return y
+
+    return plan

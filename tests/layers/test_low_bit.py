@@ -1,0 +1,342 @@
+"""A layer that keeps plans of its calls gives what it gives without, whatever was written or replaced in between."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bitorch_engine as be
+from bitorch_engine.layers.low_bit import LowBitLayer
+from bitorch_engine.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason="the kernels are not compiled")
+
+IMAGE = torch.rand(2, 12, 6, 6) - 0.3
+ROWS = torch.rand(3, 32) - 0.3
+
+LAYERS: dict[str, tuple[Callable[[], LowBitLayer], Tensor]] = {
+    "conv": (lambda: be.nBitConv2d(12, 8, 3, padding=1, a_bit=8), IMAGE),
+    "depthwise": (lambda: be.nBitConv2d(12, 12, 3, padding=1, groups=12, a_bit=8), IMAGE),
+    "binary": (lambda: be.BinaryConv2d(12, 8, 3, padding=1), IMAGE),
+    "transposed": (lambda: be.nBitConvTranspose2d(12, 8, 3, stride=2, a_bit=8), IMAGE),
+    "linear, 8-bit input": (lambda: be.nBitLinear(32, 16, a_bit=8), ROWS),
+    "linear": (lambda: be.nBitLinear(32, 16), ROWS),
+}
+
+
+def in_use(name: str) -> tuple[Any, Tensor]:
+    """A layer that has seen its input twice, and that input."""
+    make, x = LAYERS[name]
+    layer = make()
+    layer(x)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+        assert layer._plans
+        layer(x)
+    return layer, x
+
+
+def without_plans(layer: nn.Module, x: Tensor) -> Tensor:
+    """Where gradients are recorded, other ops compute the same."""
+    with torch.enable_grad():
+        return layer(x).detach()
+
+
+def check(layer: nn.Module, x: Tensor) -> None:
+    expected = without_plans(layer, x)
+    with torch.no_grad():
+        for _ in range(3):  # none yet, made, used
+            y = layer(x)
+            assert y.stride() == expected.stride()
+            assert y.dtype is expected.dtype
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=LAYERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def parameter(layer: nn.Module) -> Any:
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(-1)
+    return other.weight
+
+
+def other_activation(layer: Any) -> None:
+    if layer.activation is not None:
+        layer.activation = type(layer.activation)(layer.a_bit)
+        with torch.no_grad():
+            layer.activation.prepare_(IMAGE * 3)
+
+
+def set_gain(layer: Any, *, through_data: bool) -> None:
+    if layer.activation is not None:
+        gain = layer.activation.log_gain
+        (gain.data if through_data else gain).fill_(0.5)
+
+
+def set_data(tensor: Tensor, value: Tensor) -> None:
+    tensor.data = value
+
+
+WEIGHT: dict[str, Callable[[Any], object]] = {
+    "weight written": lambda layer: layer.weight.mul_(-1),
+    "weight's data written": lambda layer: layer.weight.data.mul_(-1),
+    "data assigned": lambda layer: set_data(layer.weight, -layer.weight.dequantize()),
+    "codes written": lambda layer: layer.weight.packed.bitwise_not_(),
+    "codes replaced": lambda layer: setattr(layer.weight, "packed", ~layer.weight.packed),
+    "weight replaced": lambda layer: setattr(layer, "weight", parameter(layer)),
+    "weight replaced unseen": lambda layer: layer._parameters.update(weight=parameter(layer)),
+    "scale written": lambda layer: layer.weight.channel_scale.mul_(2),
+    "scale written unseen": lambda layer: layer.weight.channel_scale.data.mul_(2),
+    "scale's data replaced": lambda layer: set_data(layer.weight.channel_scale, layer.weight.channel_scale.flip(0) * 2),
+    "scale replaced": lambda layer: setattr(layer.weight, "channel_scale", layer.weight.channel_scale * 2),
+    "shared, then written": lambda layer: (layer.weight.share_memory_(), layer.weight.packed.data.bitwise_not_()),
+    "bias written": lambda layer: layer.bias.add_(1),
+    "bias written unseen": lambda layer: layer.bias.data.add_(1),
+    "bias's data replaced": lambda layer: set_data(layer.bias, layer.bias.data + 1),
+    "bias replaced": lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.data + 1)),
+    "bias replaced unseen": lambda layer: layer._parameters.update(bias=nn.Parameter(layer.bias.data + 1)),
+    "bias in half precision": lambda layer: set_data(layer.bias, (layer.bias.data + 1).half()),
+    "no bias": lambda layer: setattr(layer, "bias", None),
+    "reset": lambda layer: layer.reset_parameters(),
+    "loaded": lambda layer: layer.load_state_dict(
+        {k: -v if k in ("weight", "bias") else v for k, v in layer.state_dict().items()}
+    ),
+}
+ACTIVATION: dict[str, Callable[[Any], object]] = {
+    "gain written": lambda layer: set_gain(layer, through_data=False),
+    "gain written unseen": lambda layer: set_gain(layer, through_data=True),
+    "range written unseen": lambda layer: layer.activation.initial_scale.data.mul_(1.5),
+    "lowest code written": lambda layer: layer.activation.low.zero_(),
+    "quantizer replaced": other_activation,
+}
+
+
+@pytest.mark.parametrize("write", WEIGHT.values(), ids=WEIGHT)
+def test_a_plan_does_not_outlive_what_it_was_made_of(name: str, write: Callable[[Any], object]) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        before = layer(x)
+        write(layer)
+        assert not torch.equal(layer(x), before)
+    check(layer, x)
+
+
+@pytest.mark.parametrize("write", ACTIVATION.values(), ids=ACTIVATION)
+@pytest.mark.parametrize("name", ["conv", "depthwise", "transposed", "linear, 8-bit input", "binary"])
+def test_a_plan_does_not_outlive_the_activations_scale(name: str, write: Callable[[Any], object]) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        before = layer(x)
+        write(layer)
+        if not (name == "binary" and write is ACTIVATION["lowest code written"]):  # which it does not read
+            assert not torch.equal(layer(x), before)
+            check(layer, x)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("stride", (2, 2)), ("padding", (0, 1)), ("dilation", (2, 2)), ("padding_mode", "reflect")]
+)
+def test_a_plan_does_not_outlive_the_geometry(attribute: str, value: Any) -> None:
+    layer, x = in_use("conv")
+    setattr(layer, attribute, value)
+    layer._reversed_padding_repeated_twice = [p for p in reversed(layer.padding) for _ in range(2)]
+    check(layer, x)
+
+
+def test_padded_and_other_inputs_of_one_shape_differ() -> None:
+    layer = be.nBitConv2d(12, 8, 3, padding=1, padding_mode="reflect", a_bit=8)
+    layer(IMAGE)
+    for x in (IMAGE, torch.randn(2, 12, 8, 8), IMAGE):  # IMAGE is 8 x 8 once it is padded
+        check(layer.eval(), x)
+
+
+def test_output_sizes_of_a_transposed_layer_have_their_plans() -> None:
+    layer, x = in_use("transposed")
+    with torch.no_grad():
+        for side in (13, 14, 13, 14):
+            y = layer(x, output_size=(side, side))
+            assert y.shape == (2, 8, side, side)
+            torch.testing.assert_close(y[..., :13, :13], layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_each_shape_memory_order_and_dtype_has_its_plan(name: str) -> None:
+    layer, x = in_use(name)
+    inputs = [x, x[:1], x.flip(0), x.double(), x.bfloat16(), torch.cat([x, x])[::2]]
+    if x.dim() == 4:
+        inputs.append(x.contiguous(memory_format=torch.channels_last))
+    for _ in range(2):
+        for other in inputs:
+            with torch.no_grad():
+                y = layer(other)
+            expected = without_plans(layer, other)
+            assert (y.dtype, y.stride()) == (expected.dtype, expected.stride())
+            tolerance = 1e-2 if other.dtype is torch.bfloat16 else 1e-5
+            torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_inputs_without_memory_of_ours_have_no_plan(name: str) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        assert layer(x.to("meta")).is_meta
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(layer(mode.from_tensor(x)), torch._subclasses.FakeTensor)
+
+
+def test_nothing_is_a_shape_too(name: str) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        for _ in range(3):
+            assert layer(x[:0]).shape == layer(x)[:0].shape
+
+
+def test_more_shapes_than_plans() -> None:
+    layer = be.nBitLinear(8, 8).eval()
+    inputs = [torch.randn(1, *[1] * n, 8) for n in range(50)] + [torch.randn(n, 1, 8) for n in range(2, 9)] * 3
+    inputs += [torch.randn(2, *[1] * n, 8) for n in range(50)]
+    with torch.no_grad():
+        for x in inputs * 2:
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight.dequantize(), layer.bias))
+            assert len(layer._plans) <= 64
+
+
+def test_negative_views_are_read_as_what_they_stand_for(name: str) -> None:
+    layer, x = in_use(name)
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    with torch.no_grad():
+        layer(torch.complex(torch.zeros_like(x), x).imag)  # of that memory order
+        assert torch.equal(layer(negative), layer(x))
+
+
+def test_autocast_is_heard(name: str) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype is torch.bfloat16
+        assert layer(x).dtype is torch.float32
+
+
+def test_a_cast_layer_has_other_plans(name: str) -> None:
+    layer, x = in_use(name)
+    layer.to(torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(3):
+            y = layer(x.bfloat16())
+            assert y.dtype is torch.bfloat16
+            torch.testing.assert_close(y, without_plans(layer, x.bfloat16()), rtol=2e-2, atol=2e-2)
+
+
+def test_functional_call_brings_its_own_tensors(name: str) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        before = layer(x)
+        for weight in (parameter(layer), layer.weight.dequantize().neg()):
+            y = torch.func.functional_call(layer, {"weight": weight}, (x,))
+            bias = layer.bias.view(-1, *[1] * (x.dim() - 2))
+            torch.testing.assert_close(y - bias, bias - before, rtol=1e-4, atol=1e-4)
+            assert torch.equal(layer(x), before)
+
+
+def test_hooks_run(name: str) -> None:
+    layer, x = in_use(name)
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        assert layer(x) is seen[0]
+
+
+def test_copies_make_plans_of_their_own(name: str) -> None:
+    layer, x = in_use(name)
+    for made in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
+        assert made._plans == {}
+        assert made._plans is not layer._plans
+        check(made, x)
+
+
+def test_gradients_are_recorded_where_they_should_be(name: str) -> None:
+    layer, x = in_use(name)
+    x = x.clone().requires_grad_()
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert x.grad is not None
+
+
+def test_plans_of_inference_mode_serve_outside(name: str) -> None:
+    make, x = LAYERS[name]
+    layer = make()
+    layer(x)
+    layer.eval()
+    with torch.inference_mode():
+        expected = layer(x)
+    with torch.no_grad():
+        y = layer(x)
+    assert not y.is_inference()
+    assert torch.equal(y, expected)
+
+
+def test_the_number_of_threads_is_followed(name: str) -> None:
+    layer, x = in_use(name)
+    threads, (plan,) = torch.get_num_threads(), layer._plans.values()
+    try:
+        torch.set_num_threads(threads + 1)
+        check(layer, x)
+        assert plan not in layer._plans.values()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_weights_without_a_version_have_no_plans(name: str) -> None:
+    make, x = LAYERS[name]
+    with torch.inference_mode():
+        layer = make()
+        layer(x)
+        layer(x)
+        assert layer._plans == {}
+
+
+def test_shared_weights_have_no_plans(name: str) -> None:
+    make, x = LAYERS[name]
+    layer: Any = make()
+    layer(x)
+    layer.weight.share_memory_()
+    with torch.no_grad():
+        before = layer(x)
+        layer(x)
+        layer.weight.packed.data.bitwise_not_()  # as another process does
+        assert not torch.equal(layer(x), before)
+    check(layer, x)
+
+
+@pytest.mark.parametrize("name", ["conv", "binary", "linear, 8-bit input"])
+def test_a_loaded_scale_is_prepared_again(name: str) -> None:
+    layer, x = in_use(name)
+    layer.activation.load_state_dict(layer.activation.state_dict())
+    assert not layer.activation.is_ready
+    with torch.no_grad():
+        layer(x)
+    assert layer.activation.is_ready  # ranks do this together
+
+
+def test_not_finite_inputs_give_nan(name: str) -> None:
+    layer, x = in_use(name)
+    x = x.clone()
+    x[0, 0] = float("inf")
+    with torch.no_grad():
+        assert torch.equal(layer(x).isnan(), without_plans(layer, x).isnan())
+
+
+@pytest.mark.parametrize("isa", cpu.available_isas())
+def test_a_cap_holds_for_plans_made_before(name: str, isa: str) -> None:
+    layer, x = in_use(name)
+    with cpu.cap_isa(isa), torch.no_grad():
+        torch.testing.assert_close(layer(x), without_plans(layer, x), rtol=1e-5, atol=1e-5)

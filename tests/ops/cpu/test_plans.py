@@ -1,0 +1,87 @@
+"""A plan of an op is the op, for as long as its tensors are those of which it was made."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitorch_engine import ops
+from bitorch_engine.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason="the kernels are not compiled")
+
+GEOMETRY = ops.Convolution((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+X = torch.randn(2, 8, 5, 5)
+SCALE, LOW = torch.tensor(0.05), torch.tensor(-128.0)
+PACKED, CHANNEL_SCALE, BIAS = ops.pack(torch.randint(0, 16, (16 * 8 * 9,)), 4), torch.rand(16), torch.randn(16)
+LAYER: tuple[Tensor, ...] = (SCALE, LOW, PACKED, CHANNEL_SCALE, BIAS)
+
+
+def conv_arguments(x: Tensor = X, layer: tuple[Tensor, ...] = LAYER) -> tuple[object, ...]:
+    scale, low, packed, channel_scale, bias = layer
+    return (x, scale, low, 8, packed, channel_scale, 4, bias, (16, 8, 3, 3), *GEOMETRY)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> object:
+    with torch.no_grad():
+        yield
+
+
+def test_a_plan_is_the_op() -> None:
+    plan = ops.plan("conv", *conv_arguments())
+    assert plan is not None
+    for x in (X, torch.randn_like(X)):
+        assert torch.equal(plan(x, *LAYER), ops.conv(*conv_arguments(x)))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_another_tensor_is_another_plan(place: int) -> None:
+    plan = ops.plan("conv", *conv_arguments())
+    assert plan is not None
+    layer = list(LAYER)
+    layer[place] = layer[place].clone()
+    assert plan(X, *layer) is None
+    assert plan(X, *LAYER) is not None
+
+
+def test_a_weight_that_moved_is_another_one() -> None:
+    layer = tuple(tensor.clone() for tensor in LAYER)
+    plan = ops.plan("conv", *conv_arguments(layer=layer))
+    assert plan is not None
+    layer[2].share_memory_()  # no write, so no version; from now on others may write
+    assert plan(X, *layer) is None
+    assert ops.plan("conv", *conv_arguments(layer=layer)) is None
+
+
+def test_it_keeps_what_its_kernel_reads() -> None:
+    layer = tuple(tensor.clone() for tensor in LAYER)
+    plan = ops.plan("conv", *conv_arguments(layer=layer))
+    assert plan is not None
+    expected = ops.conv(*conv_arguments())
+    for _ in range(100):
+        torch.rand(16 * 8 * 9)  # would take the place of what was freed
+    assert torch.equal(plan(X, *layer), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        (SCALE.double(), LOW, PACKED, CHANNEL_SCALE, BIAS),
+        (SCALE, LOW, PACKED, CHANNEL_SCALE.half(), BIAS),
+        (SCALE, LOW, PACKED, CHANNEL_SCALE, BIAS.bfloat16()),
+        (SCALE, LOW, PACKED, CHANNEL_SCALE, torch.ones(1).expand(16)),
+        (SCALE, LOW, PACKED, torch.rand(32)[::2], BIAS),
+    ],
+    ids=["scale", "weight's scale", "bias", "expanded bias", "strided scale"],
+)
+def test_what_a_kernel_cannot_read_has_no_plan(layer: tuple[Tensor, ...]) -> None:
+    assert ops.plan("conv", *conv_arguments(layer=layer)) is None
+
+
+def test_nothing_is_planned_where_something_listens() -> None:
+    with torch.enable_grad():
+        assert ops.plan("conv", *conv_arguments()) is None
+    with torch.profiler.profile():
+        assert ops.plan("conv", *conv_arguments()) is None
+    assert ops.plan("conv", *conv_arguments(X.double())) is None
+    assert ops.plan("pack", PACKED, 4) is None
