@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from bitorch_engine import ops
 from bitorch_engine.optim.galore_projector import GaLoreProjector
 from bitorch_engine.parameters import PackedParameter
-from bitorch_engine.parameters.step import check_finite, check_rows, step_, step_float_
+from bitorch_engine.parameters.step import all_true, check_finite, is_finite, squares_of_rows, step_, step_float_
 
 _MOMENT_DTYPES = {
     "fp32": torch.float32,
@@ -83,8 +83,13 @@ class DiodeMix(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        checked = [[_check_gradient(group, p, p.grad) for p in parameters] for group, parameters in work]
-        for (group, parameters), squares in zip(work, checked, strict=True):
+        seen = [[_look_at(group, p, p.grad) for p in parameters] for group, parameters in work]
+        if not all_true(finite for one in seen for _, finite in one):
+            for _, parameters in work:
+                for p in parameters:
+                    check_finite(p.grad)
+        for (group, parameters), one in zip(work, seen, strict=True):
+            squares = [its_squares for its_squares, _ in one]
             together = []
             for p, its_squares in zip(parameters, squares, strict=True):
                 if self._steps_as_torch(group, p):
@@ -109,7 +114,9 @@ class DiodeMix(torch.optim.Optimizer):
             def hook(p: Tensor) -> None:
                 if p.grad is None:
                     return
-                squares = _check_gradient(group, p, p.grad)
+                squares, finite = _look_at(group, p, p.grad)
+                if not bool(finite):
+                    check_finite(p.grad)
                 if self._steps_as_torch(group, p):
                     self._step_together(group, [p])
                 else:
@@ -126,11 +133,11 @@ class DiodeMix(torch.optim.Optimizer):
         ]
 
     def _steps_as_torch(self, group: dict[str, Any], p: Tensor) -> bool:
-        """Whether torch's fused AdamW does what is done with a parameter here: many small ones then cost little."""
+        """Whether torch's AdamW does what is done with a parameter here: many small ones then cost little."""
         grad, state = p.grad, self.state[p]
         return (
             type(p) is nn.Parameter
-            and p.is_cpu
+            and (p.is_cpu or p.is_cuda)
             and grad is not None
             and p.dtype is torch.float32
             and grad.dtype is torch.float32
@@ -142,8 +149,13 @@ class DiodeMix(torch.optim.Optimizer):
         )
 
     def _step_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Step parameters for which ``_steps_as_torch``, in one call of torch's fused AdamW."""
+        """Step parameters for which ``_steps_as_torch``, in one call of torch's AdamW for each kind of device."""
         if not parameters:
+            return
+        # Fused, a GPU would want the step counters in its memory; one kernel for many tensors does without.
+        if 0 < sum(p.is_cpu for p in parameters) < len(parameters):
+            for on_cpu in (True, False):
+                self._step_together(group, [p for p in parameters if p.is_cpu == on_cpu])
             return
         states, grads = [self.state[p] for p in parameters], [p.grad for p in parameters if p.grad is not None]
         for state, p, grad in zip(states, parameters, grads, strict=True):
@@ -156,7 +168,8 @@ class DiodeMix(torch.optim.Optimizer):
             [state["exp_avg_s"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,
+            fused=parameters[0].is_cpu,
+            foreach=not parameters[0].is_cpu,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -223,12 +236,11 @@ class DiodeMix(torch.optim.Optimizer):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
 
 
-def _check_gradient(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor | None:
-    """Raise ValueError where a gradient is not finite. What comes back is for the parameter's own step."""
+def _look_at(group: dict[str, Any], p: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(what a parameter's own step needs, whether its gradient is surely finite) from one pass over it."""
     if group["memory"] == "channel" and isinstance(p, PackedParameter):
-        return check_rows(p, grad)
-    check_finite(grad)
-    return None
+        return squares_of_rows(p, grad)
+    return None, is_finite(grad)
 
 
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:

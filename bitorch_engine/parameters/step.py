@@ -1,6 +1,7 @@
 """One optimizer step: checks first, then the move. Shared by packed and by float parameters."""
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -46,7 +47,7 @@ def step_(
 ) -> None:
     """What ``PackedParameter.update`` documents. finite: the caller has seen that the gradient is.
 
-    squares: what ``check_rows`` gave for it, if that was asked.
+    squares: what ``squares_of_rows`` gave for it, if that was asked.
     """
     _check_settings(lr, weight_decay, betas, eps, dtype, step, correct_bias)
     grad = _gradient(weight, grad, projector, step)
@@ -143,27 +144,38 @@ def step_float_(
 
 def check_finite(grad: Tensor) -> None:
     """Raise ValueError where a gradient has a NaN or Inf entry, or one whose square is beyond float32."""
-    if not bool(ops.all_within(grad.detach(), _LARGEST)):
+    if not bool(is_finite(grad)):
         raise ValueError(
             f"the gradient has NaN or Inf entries, or entries beyond {_LARGEST:.0e}; no weight and no state was "
             "changed. Lower the learning rate, or skip such steps (torch.amp.GradScaler does)."
         )
 
 
-def check_rows(weight: "PackedParameter", grad: Tensor) -> Tensor | None:
-    """``check_finite`` in the pass that makes the mean squares of the rows, (R,), which a step of theirs needs.
+def is_finite(grad: Tensor) -> Tensor:
+    """0-dim bool: whether ``check_finite`` lets a gradient pass. On a GPU nobody has waited for it yet."""
+    return ops.all_within(grad.detach(), _LARGEST)
 
-    None for a gradient whose rows would first have to be copied: it is checked as it is.
+
+def squares_of_rows(weight: "PackedParameter", grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(mean squares of the rows, (R,), which a step of theirs needs; 0-dim bool) from one pass over a gradient.
+
+    The bool is ``is_finite``, but may be False where the gradient just passes. No squares of a gradient whose rows
+    would first have to be copied: it is looked at as it is.
     """
     if weight.transposed_groups or not grad.is_contiguous():
-        check_finite(grad)
-        return None
+        return None, is_finite(grad)
     rows = weight.to_rows(grad.detach())
     squares = ops.mean_squares(rows, 1.0)
     # Squares that add up to less than the square of _LARGEST are below it each; the half is for what was rounded.
-    if not bool((squares < 0.5 * _LARGEST**2 / max(1, rows.shape[1])).all()):
-        check_finite(grad)
-    return squares
+    return squares, (squares < 0.5 * _LARGEST**2 / max(1, rows.shape[1])).all()
+
+
+def all_true(flags: Iterable[Tensor]) -> bool:
+    """Whether 0-dim bool tensors are all True; a GPU is waited for once, however many there are."""
+    flags = list(flags)
+    waiting = [flag for flag in flags if not flag.is_cpu]
+    there = all(bool(flag) for flag in flags if flag.is_cpu)
+    return there and (not waiting or bool(torch.stack([flag.to(waiting[0].device) for flag in waiting]).all()))
 
 
 def advance_(step: Tensor) -> int:
