@@ -6,7 +6,9 @@ bandwidth that is reached. *must* and *aim* are for the geometric mean of the sh
 """
 
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -47,7 +49,7 @@ def measure(*, rounds: int = 30) -> dict[str, Any]:
         "sources": [library_fingerprint()],
         "rounds": rounds,
         "results": results,
-        "peak": {name: _peak(make) for name, make in _step_makers().items()},
+        "steps": {name: _one_step(make) for name, make in STEPS.items()},
     }
 
 
@@ -63,11 +65,7 @@ def report(record: dict[str, Any] | None) -> str:
         [goal.row, goal.kind, *["not measured"] * 2, f"{goal.must:g}", f"{goal.aim:g}", "", ""] for goal in missing
     ]
     parts.append(markdown(HEADS, rows))
-    peak = record["peak"] if record else {}
-    share = f"{peak['w4a8g8'] / peak['bf16']:.2f}" if peak else "not measured"
-    cells = [f"{peak[name] / 2**30:.2f} GiB" if peak else "not measured" for name in ("w4a8g8", "bf16")]
-    heads = ("peak memory of that training step", "ours", "bf16", "ours / bf16", "must", "aim")
-    parts.append(markdown(heads, [["saved tensors in 8 bits", *cells, share, *(f"{goal:g}" for goal in MEMORY)]]))
+    parts.append(_memory(record["steps"] if record else None))
     if record is None:
         return "\n\n".join([*parts, "No GPU has run it yet: `python -m benchmarks gpu`."]) + "\n"
     if lost := list(lost_shapes(results)):
@@ -91,16 +89,24 @@ def _gpu_facts() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(), "driver": driver, "clocks": told or "unknown"}
 
 
-def _step_makers() -> dict[str, Any]:
-    return {"w4a8g8": partial(_step, packed=True), "bf16": partial(_step, packed=False)}
+def _memory(steps: dict[str, dict[str, float]] | None) -> str:
+    """A table of the peaks, and of what they cost in time."""
+    heads = ("that training step", "peak memory", "of bf16's", "must", "aim", "seconds")
+    if steps is None:
+        return markdown(heads, [[name, *["not measured"] * 2, *(f"{goal:g}" for goal in MEMORY), ""] for name in STEPS])
+    rows = []
+    for name, found in steps.items():
+        goals = ["", ""] if name == "bf16" else [f"{goal:g}" for goal in MEMORY]
+        share = f"{found['peak'] / steps['bf16']['peak']:.2f}"
+        rows.append([name, f"{found['peak'] / 2**30:.2f} GiB", share, *goals, f"{found['seconds']:.2f}"])
+    return markdown(heads, rows)
 
 
 def _steps() -> dict[str, Function]:
-    made = {name: make() for name, make in _step_makers().items()}
-    return {"w4a8g8": made["w4a8g8"], "bf16: torch autocast, fused AdamW": made["bf16"]}
+    return {"w4a8g8": STEPS["w4a8g8"](), "bf16: torch autocast, fused AdamW": STEPS["bf16"]()}
 
 
-def _step(*, packed: bool) -> Function:
+def _step(*, packed: bool, compress: bool = False) -> Function:
     """One training step: ours with codes in forward and backward, or float32 weights under bf16 autocast."""
     torch.backends.cudnn.benchmark = True
     model: nn.Module = resnet50()
@@ -118,24 +124,30 @@ def _step(*, packed: bool) -> Function:
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
-            if packed:
-                with compress_saved_tensors(8):
-                    loss = F.cross_entropy(model(x), y)
-            else:
-                loss = F.cross_entropy(model(x), y)
+        with torch.autocast("cuda", torch.bfloat16), compress_saved_tensors(8) if compress else nullcontext():
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
 
     return step
 
 
-def _peak(make: Any) -> int:
-    """Bytes at the peak of a step, the model with it."""
+STEPS: dict[str, Callable[[], Function]] = {
+    "w4a8g8": partial(_step, packed=True),
+    "w4a8g8, saved tensors in 8 bits": partial(_step, packed=True, compress=True),
+    "bf16": partial(_step, packed=False),
+}
+
+
+def _one_step(make: Callable[[], Function]) -> dict[str, float]:
+    """Bytes at the peak of a step, the model with it, and how long it took."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     step = make()
     step()
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
     step()
-    return torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize()
+    return {"peak": torch.cuda.max_memory_allocated() - before, "seconds": time.perf_counter() - begin}
