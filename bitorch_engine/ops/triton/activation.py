@@ -11,7 +11,8 @@ from bitorch_engine.bits import bit_format, packed_size
 from bitorch_engine.ops.reference import activation as reference
 from bitorch_engine.ops.reference.layout import channels_last_shape, is_channels_last, new_output
 from bitorch_engine.ops.triton.bits import load_tile, store_tile
-from bitorch_engine.ops.triton.floats import narrowed, rounded, widened
+from bitorch_engine.ops.triton.floats import narrowed, rounded_small, widened
+from bitorch_engine.ops.triton.launch import blocks_of
 
 _BLOCKS = 16
 """Runs of 64 elements of one program."""
@@ -64,7 +65,7 @@ def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, b
 
 
 def _grid(count: int) -> tuple[int]:
-    return (triton.cdiv(count, _BLOCKS * 64),)
+    return (blocks_of(count, _BLOCKS * 64),)
 
 
 def _words(values: Tensor, *planes: Tensor) -> bool:
@@ -82,11 +83,21 @@ def quantized(value, scale, lowest, BITS: tl.constexpr):
     """(value / scale, index of its code), float32 and int32. NaN is taken as 0."""
     ratio = value * tl.div_rn(1.0, tl.load(scale))
     ratio = tl.where(ratio == ratio, ratio, 0.0)
+    return ratio, index_of(ratio, lowest, BITS)
+
+
+@triton.jit
+def index_of(ratio, lowest, BITS: tl.constexpr):
+    """The index of the nearest code: int32. lowest: an integer, so that values can be clamped before they are rounded.
+
+    NaN gives any index.
+    """
     if BITS == 1:
         index = (ratio >= 0).to(tl.int32)
     else:
-        index = tl.minimum(tl.maximum(rounded(ratio) - lowest, 0.0), (1 << BITS) - 1.0).to(tl.int32)
-    return ratio, index
+        clamped = tl.minimum(tl.maximum(ratio, lowest), lowest + ((1 << BITS) - 1.0))
+        index = rounded_small(clamped) - lowest.to(tl.int32)
+    return index
 
 
 @triton.jit

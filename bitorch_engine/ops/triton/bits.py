@@ -8,6 +8,7 @@ from torch import Tensor
 from bitorch_engine.bits import bit_format, packed_size
 from bitorch_engine.ops.reference import bits as reference
 from bitorch_engine.ops.triton.floats import narrowed
+from bitorch_engine.ops.triton.launch import blocks_of
 
 _BLOCK = 1024
 """Bytes or values of one program."""
@@ -21,7 +22,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     count = values.numel()
     packed = values.new_empty(packed_size(count, bits))
     if count:
-        grid = (triton.cdiv(packed.numel(), _BLOCK),)
+        grid = (blocks_of(packed.numel(), _BLOCK),)
         _pack[grid](values, packed, count, packed.numel(), BITS=bits, BLOCK=_BLOCK)
     return packed
 
@@ -31,7 +32,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return reference.unpack(packed, bits, count)  # which says what is wrong
     values = packed.new_empty(count)
     if count:
-        grid = (triton.cdiv(count, _BLOCK),)
+        grid = (blocks_of(count, _BLOCK),)
         _unpack[grid](packed.contiguous(), values, count, BITS=bits, BLOCK=_BLOCK)
     return values
 
@@ -42,7 +43,7 @@ def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, d
     out = packed.new_empty((channel_scale.numel(), columns), dtype=dtype)
     form = bit_format(bits)
     if out.numel():
-        grid = (triton.cdiv(out.numel(), _BLOCK),)
+        grid = (blocks_of(out.numel(), _BLOCK),)
         _dequantize[grid](
             packed.contiguous(),
             channel_scale.contiguous(),

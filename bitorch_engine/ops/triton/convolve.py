@@ -1,7 +1,8 @@
 """Integer convolution on the tensor cores: an implicit matrix product of pixels by channels, over taps and channels.
 
 The matrix of patches exists only as tiles of addresses. Bytes come from an image and from weights in the order of the
-taps (``image.py``); sums are int32, and become floats as they are stored.
+taps (``image.py``), or, for one tap, from float activations that are quantized as they are loaded; sums are int32,
+and become floats as they are stored.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitorch_engine.bits import bit_format
 from bitorch_engine.ops.triton import interpreter
+from bitorch_engine.ops.triton.floats import widened
 from bitorch_engine.ops.triton.geometry import Phase, triple
+from bitorch_engine.ops.triton.image import INFINITY, quantized_byte, size_bits
+from bitorch_engine.ops.triton.launch import blocks_of, power_of_two
 from bitorch_engine.ops.triton.pixels import pixel_of, place_in, store_results, tap_of, weight_tap
 
 interpreter.repair()
@@ -45,20 +50,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(pixels: int, channels: int, depth: int, joined: int) -> Tile:
+def tile_for(pixels: int, channels: int, depth: int, joined: int, floats: bool) -> Tile:
     """For a product of that many pixels and channels; depth: of one tap, or of all where taps are joined.
 
-    By arithmetic, not by measurement: 128 x 128 results take half the registers of 8 warps, and their operands 32 KiB a
-    stage at a depth of 128, so that two programs of three stages fit the 227 KiB of a multiprocessor of an H100.
+    floats: pixels are quantized on the way, best for as many channels as registers hold the results of.
+    Chosen among ten tiles each for the convolutions of ResNet-50 on an H100.
     """
-    deep = 128 if depth % 128 == 0 or depth > 512 else 64 if depth > 32 else 32
-    wide = min(128, max(16, triton.next_power_of_2(channels)))
-    tall = min(128, max(16, triton.next_power_of_2(pixels)))
-    while tall > 64 and triton.cdiv(pixels, tall) * triton.cdiv(channels, wide) < MULTIPROCESSORS:
+    deep = 128 if not floats and (depth % 128 == 0 or depth > 512) else 64 if depth > 32 else 32
+    wide = min(256 if floats and depth >= 256 else 128, max(16, power_of_two(channels)))
+    tall = min(64 if floats else 128, max(16, power_of_two(pixels)))
+    while tall > 64 and blocks_of(pixels, tall) * blocks_of(channels, wide) < MULTIPROCESSORS:
         tall //= 2
     if joined:  # addresses of single words take most registers
         return Tile(tall, min(wide, 64), min(deep, 64 if joined % 4 == 0 else 32), 8, 3)
-    return Tile(tall, wide, deep, 8 if tall * wide > 64 * 128 else 4, 3 if deep == 128 else 4)
+    return Tile(tall, wide, deep, 4, 3 if deep == 128 or floats else 4)
 
 
 MULTIPROCESSORS = 132
@@ -70,7 +75,7 @@ _FEW_BYTES = 32
 
 def convolve(
     image: Tensor,
-    padding: Tensor,
+    padding: Tensor | None,
     weight: Tensor,
     source: Sequence[int],
     result: Sequence[int],
@@ -79,11 +84,14 @@ def convolve(
     phases: Sequence[Phase],
     scales: Scales,
     dtype: torch.dtype,
+    bits: int = 0,
 ) -> Tensor:
     """The convolution as (N, *spatial, channels) in ``dtype``.
 
     image: int8, (N, *source, groups * row).  padding: int8, at least (row,), what lies outside it.
     weight: int8, (groups * channels, taps, row).  result: (N, *spatial, groups * channels).
+    bits: where ``image`` is float, those of its codes. There is one tap then and no padding, scales.low is given, and
+    where a value is not finite, the kernel writes NaN into scales.poison and the results are not poisoned yet.
     """
     out = torch.empty(list(result), dtype=dtype, device=image.device)
     results, taps, row = weight.shape
@@ -92,13 +100,13 @@ def convolve(
     for phase in phases:
         pixels = samples * prod(phase.results)
         joined = row if row < _FEW_BYTES else 0
-        tile = tile_for(pixels, channels, prod(phase.taps) * row if joined else row, joined)
-        grid = (groups * triton.cdiv(pixels, tile.pixels) * triton.cdiv(channels, tile.channels),)
+        tile = tile_for(pixels, channels, prod(phase.taps) * row if joined else row, joined, bits > 0)
+        grid = (groups * blocks_of(pixels, tile.pixels) * blocks_of(channels, tile.channels),)
         _convolve[grid](
             image,
             padding,
             weight,
-            _sums(weight, kernel, phase) if scales.low is not None else None,
+            _sums(weight, kernel, phase) if scales.low is not None and bits in (0, 8) else None,
             *scales,
             out,
             pixels,
@@ -110,6 +118,8 @@ def convolve(
             triple(lengths),
             triple(kernel),
             phase,
+            BITS=bits,
+            STEP=bit_format(bits).step if bits else 1,
             JOINED=joined,
             WHOLE=row % tile.depth == 0,
             PIXELS=tile.pixels,
@@ -122,15 +132,47 @@ def convolve(
     return out
 
 
+def poison_(out: Tensor, poison: Tensor) -> None:
+    """Make all results NaN where ``poison`` is; otherwise read no more than that."""
+    grid = (4 * MULTIPROCESSORS,)
+    _poison[grid](out, poison, out.numel(), BLOCK=1024)
+
+
 def _sums(weight: Tensor, kernel: Sequence[int], phase: Phase) -> Tensor:
     """The sum of the weight over the taps of a phase: int32, one a result channel."""
-    cuts = zip(phase.tap_first, phase.tap_every, phase.taps, strict=True)
-    z, y, x = (slice(first, first + every * count, every) for first, every, count in cuts)
-    return weight.view(weight.shape[0], *triple(kernel), -1)[:, z, y, x].sum((1, 2, 3, 4), dtype=torch.int32)
+    results, taps, row = weight.shape
+    sums = torch.empty(results, dtype=torch.int32, device=weight.device)
+    sizes = (taps, row, triple(kernel), phase.tap_first, phase.tap_every, phase.taps)
+    grid = (results,)
+    _sum_taps[grid](weight, sums, *sizes, BLOCK=1024)
+    return sums
 
 
 _GROUPED = 8
 """Blocks of pixels that go through all blocks of channels together, so that the cache keeps both."""
+
+
+@triton.jit
+def _poison(out, poison, count, BLOCK: tl.constexpr):
+    value = tl.load(poison)
+    if value != value:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def _sum_taps(weight, sums, taps, row, kernel, first, every, tap_count, BLOCK: tl.constexpr):
+    """One result channel a program."""
+    channel = tl.program_id(0)
+    count = tap_count[0] * tap_count[1] * tap_count[2] * row
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z, y, x = tap_of(at // row, tap_count)
+        place = weight_tap(z, y, x, first, every, kernel) * row + at % row
+        total += tl.load(weight + channel.to(tl.int64) * taps * row + place, mask=at < count, other=0).to(tl.int32)
+    tl.store(sums + channel, tl.sum(total))
 
 
 @triton.jit(do_not_specialize=["pixels", "taps"])
@@ -155,6 +197,8 @@ def _convolve(
     lengths,
     kernel,
     phase,
+    BITS: tl.constexpr,  # of float activations, otherwise 0
+    STEP: tl.constexpr,
     JOINED: tl.constexpr,  # bytes of a pixel where taps are joined, otherwise 0
     WHOLE: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -199,6 +243,23 @@ def _convolve(
             at = weight_tap(tap_z, tap_y, tap_x, tap_first, tap_every, kernel) * JOINED + byte
             b = tl.load(weight_row[None, :] + at[:, None], mask=(summed < depth)[:, None], other=0)
             total = tl.dot(a, b, total, out_dtype=tl.int32)
+    elif BITS > 0:
+        low_code, inverse = tl.load(low), tl.div_rn(1.0, tl.load(scale))
+        largest = tl.zeros((PIXELS,), tl.int32)
+        place, _ = place_in(source_z, source_y, source_x, source)
+        start = image + tl.where(real, sample_place + place * pixel_row, 0)
+        for begin in range(0, row, DEPTH):
+            byte = begin + inner
+            if WHOLE:
+                value = widened(tl.load(start[:, None] + byte[None, :]))
+                b = tl.load(weight_row[None, :] + byte[:, None])
+            else:
+                value = widened(tl.load(start[:, None] + byte[None, :], mask=(byte < row)[None, :], other=0.0))
+                b = tl.load(weight_row[None, :] + byte[:, None], mask=(byte < row)[:, None], other=0)
+            largest = tl.maximum(largest, tl.max(size_bits(value), 1))
+            a = quantized_byte(value, inverse, low_code, BITS, STEP)
+            total = tl.dot(a, b, total, out_dtype=tl.int32)
+        tl.store(poison, float("nan"), mask=tl.max(largest) >= INFINITY)
     else:
         blocks = tl.cdiv(row, DEPTH)
         for turn in range(tap_count[0] * tap_count[1] * tap_count[2] * blocks):
@@ -218,10 +279,10 @@ def _convolve(
             total = tl.dot(a, b, total, out_dtype=tl.int32)
 
     channel += group * channels
-    if low is not None:
+    if sums is not None:
         offset = (tl.load(low) + 128.0).to(tl.int32)
         total += (offset * tl.load(sums + channel, mask=real_channel, other=0))[None, :]
-    scales = (channel_scale, scale, poison, bias, sample_scale)
+    scales = (channel_scale, scale, None if BITS > 0 else poison, bias, sample_scale)
     at = (sample, z, y, x, channel, real, real_channel, channels * groups)
     store_results(out, total, at, scales, lengths, first, every)
 

@@ -18,6 +18,7 @@ from bitorch_engine.ops.triton import interpreter
 from bitorch_engine.ops.triton.bits import load_index
 from bitorch_engine.ops.triton.convolve import Scales
 from bitorch_engine.ops.triton.geometry import Phase, triple
+from bitorch_engine.ops.triton.launch import blocks_of
 from bitorch_engine.ops.triton.pixels import pixel_of, place_in, store_results, tap_of, weight_tap
 
 interpreter.repair()
@@ -59,7 +60,7 @@ def convolve_directly(
     packed = packed.contiguous()
     for phase in phases:
         pixels = samples * prod(phase.results)
-        grid = (triton.cdiv(channels, _CHANNELS) * triton.cdiv(pixels, _PIXELS),)
+        grid = (blocks_of(channels, _CHANNELS) * blocks_of(pixels, _PIXELS),)
         _convolve_directly[grid](
             values,
             operand.low,

@@ -3,14 +3,16 @@
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 
 @triton.jit
 def narrowed(value, dtype: tl.constexpr):
     """float32 values as another float type, rounded to nearest, ties to even.
 
-    bfloat16 is rounded by its bits: the interpreter of Triton 3.6 cuts them off.
+    The interpreter of Triton 3.6 cuts bits off where it makes a bfloat16: there they are rounded by hand.
     """
-    if dtype == tl.bfloat16:
+    if dtype == tl.bfloat16 and _INTERPRETED:
         word = value.to(tl.int32, bitcast=True)
         even = word + 0x7FFF + ((word >> 16) & 1)
         upper = tl.where(value == value, even, word | 0x400000) >> 16  # a NaN stays one
@@ -28,6 +30,15 @@ def widened(value):
     else:
         result = value.to(tl.float32)
     return result
+
+
+@triton.jit
+def rounded_small(value):
+    """float32 values of a size below 2**22 rounded to integers, ties to even: int32.
+
+    Beside 1.5 * 2**23 a float32 has no bits left for a fraction, and its mantissa counts in ones.
+    """
+    return (value + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit

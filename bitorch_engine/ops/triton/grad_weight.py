@@ -19,6 +19,7 @@ from bitorch_engine.ops.triton import interpreter
 from bitorch_engine.ops.triton.convolve import MULTIPROCESSORS
 from bitorch_engine.ops.triton.geometry import Phase, phases, triple
 from bitorch_engine.ops.triton.image import image_of_codes, row_length
+from bitorch_engine.ops.triton.launch import blocks_of, power_of_two
 from bitorch_engine.ops.triton.pixels import pixel_of, place_in, tap_of
 from bitorch_engine.ops.triton.quantized_conv import suits
 
@@ -58,7 +59,7 @@ def conv_grad_weight(
             ones = torch.ones(image.numel() // row, dtype=torch.int8, device=image.device)
             met = sum_products(maps._replace(fixed=ones, rows=1)).unsqueeze(1)
         else:
-            met = grads.view(-1, c.groups, outputs, 1, 1).sum(0, dtype=total.dtype)
+            met = sum_pixels(grads, total.dtype).view(c.groups, outputs, 1, 1)
         total += (low + 128).to(total.dtype) * met
     total = total[:, :inputs] if c.transposed else total[..., :inputs]
     values = total.flatten(0, 1).unflatten(1, kernel or [1]).movedim(-1, 1).reshape(list(weight_shape))
@@ -99,19 +100,19 @@ def sum_products(maps: Maps) -> Tensor:
     pattern = (m.phase.origin, m.phase.step, m.phase.tap_step, m.phase.results, m.phase.taps)
     sizes = (pixels, m.rows, m.columns, m.groups, triple(m.source), pattern)
     if m.groups > 1 and min(m.rows, m.columns) < _NARROW:
-        blocks = triton.cdiv(m.groups * m.rows, 32) * taps * m.columns
+        blocks = blocks_of(m.groups * m.rows, 32) * taps * m.columns
         share = _share(pixels, blocks, 64)
-        blocks = triton.cdiv(m.groups * m.rows, 32)
-        grid: tuple[int, ...] = (blocks, taps * m.columns, triton.cdiv(pixels, share))
+        blocks = blocks_of(m.groups * m.rows, 32)
+        grid: tuple[int, ...] = (blocks, taps * m.columns, blocks_of(pixels, share))
         _sum_directly[grid](*tensors, *sizes, share, PIXELS=64, CHANNELS=32)
         return total
     joined = m.columns if m.columns < 32 else 0
-    height = min(128, max(16, triton.next_power_of_2(m.rows)))
-    width = min(64 if joined else 128, max(16, triton.next_power_of_2(m.columns * (taps if joined else 1))))
-    across = triton.cdiv(m.columns * taps, width) if joined else triton.cdiv(m.columns, width) * taps
-    blocks = m.groups * triton.cdiv(m.rows, height) * across
+    height = min(128, max(16, power_of_two(m.rows)))
+    width = min(64 if joined else 128, max(16, power_of_two(m.columns * (taps if joined else 1))))
+    across = blocks_of(m.columns * taps, width) if joined else blocks_of(m.columns, width) * taps
+    blocks = m.groups * blocks_of(m.rows, height) * across
     share = _share(pixels, blocks, _DEPTH)
-    grid = (blocks, triton.cdiv(pixels, share))
+    grid = (blocks, blocks_of(pixels, share))
     warps = 8 if joined or height * width > 64 * 128 else 4
     _sum_products[grid](
         *tensors, *sizes, share, JOINED=joined, ROWS=height, COLUMNS=width, DEPTH=_DEPTH, num_warps=warps, num_stages=3
@@ -119,12 +120,33 @@ def sum_products(maps: Maps) -> Tensor:
     return total
 
 
+def sum_pixels(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums over all pixels of int8 (N, *spatial, channels): (channels,), int32 or int64."""
+    channels = codes.shape[-1]
+    pixels = codes.numel() // channels
+    total = torch.zeros(channels, dtype=dtype, device=codes.device)
+    width = min(128, power_of_two(channels))
+    blocks = blocks_of(channels, width)
+    share = _share(pixels, blocks, 4096 // width)
+    grid = (blocks, blocks_of(pixels, share))
+    _sum_pixels[grid](codes, total, pixels, channels, share, PIXELS=4096 // width, CHANNELS=width)
+    return total
+
+
 def _share(pixels: int, blocks: int, unit: int) -> int:
     """Pixels of a program: few enough for int32, and for all multiprocessors to have work twice."""
-    shares = max(
-        triton.cdiv(pixels, _EXACT), min(triton.cdiv(2 * MULTIPROCESSORS, blocks), triton.cdiv(pixels, 8 * unit))
-    )
-    return triton.cdiv(triton.cdiv(pixels, shares), unit) * unit
+    shares = max(blocks_of(pixels, _EXACT), min(blocks_of(2 * MULTIPROCESSORS, blocks), blocks_of(pixels, 8 * unit)))
+    return blocks_of(blocks_of(pixels, shares), unit) * unit
+
+
+@triton.jit
+def _float16(code):
+    """int8 as float16: with its sign bit turned it is the end of the mantissa of 1024 + 128 + code.
+
+    To convert it takes four times as long.
+    """
+    word = (code.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
+    return word.to(tl.float16, bitcast=True) - 1152.0
 
 
 @triton.jit(do_not_specialize=["pixels", "share"])
@@ -187,11 +209,27 @@ def _sum_products(
         mask = real[:, None] & (row < rows)[None, :]
         a = tl.load(fixed_column[None, :] + (pixel.to(tl.int64) * (rows * groups))[:, None], mask=mask, other=0)
         b = tl.load(start_of + column[None, :], mask=real[:, None] & real_column[None, :], other=0)
-        sums = tl.dot(tl.trans(a), b, sums, out_dtype=tl.int32)
+        # Tensor cores sum over the rows of a tile of 16-bit numbers, but not of bytes, which would have to be turned
+        # around first. Codes are exact in float16, and 64 products of them in a float32.
+        sums += tl.dot(tl.trans(_float16(a)), _float16(b)).to(tl.int32)
 
     place = (group * rows + row).to(tl.int64)[:, None] * (tap_count * columns) + (tap * columns + column)[None, :]
     mask = (row < rows)[:, None] & real_column[None, :]
     tl.atomic_add(total + place, sums.to(total.dtype.element_ty), mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["pixels", "share"])
+def _sum_pixels(codes, total, pixels, channels, share, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    real_channel = channel < channels
+    begin = tl.program_id(1) * share
+    sums = tl.zeros((PIXELS, CHANNELS), tl.int32)
+    for start in range(begin, min(begin + share, pixels), PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        sums += tl.load(codes + at, mask=(pixel < pixels)[:, None] & real_channel[None, :], other=0).to(tl.int32)
+    found = tl.sum(sums, 0).to(total.dtype.element_ty)
+    tl.atomic_add(total + channel, found, mask=real_channel, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["pixels", "rows", "columns", "groups", "share"])

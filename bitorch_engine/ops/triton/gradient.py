@@ -14,10 +14,14 @@ from bitorch_engine.ops.reference import gradient as reference
 from bitorch_engine.ops.triton.activation import DTYPES
 from bitorch_engine.ops.triton.bits import MOST_IN_INT32
 from bitorch_engine.ops.triton.floats import widened
+from bitorch_engine.ops.triton.launch import blocks_of, power_of_two
 from bitorch_engine.ops.triton.noise import hash32, uniform24
 
 _TILE = 2048
-"""Elements of one program."""
+"""Elements that a program works on at a time."""
+
+_TURNS = 32
+"""Tiles of a sample that one program looks through for the largest: they share its atomic operations."""
 
 
 def quantize_gradient(
@@ -30,11 +34,15 @@ def quantize_gradient(
         return reference.quantize_gradient(grad, channel_factor, bits, keep, seed)
     last = grad.movedim(1, -1).contiguous()
     factor = None if channel_factor is None else channel_factor.contiguous()
-    width = min(triton.next_power_of_2(channels), _TILE)
-    height = min(triton.next_power_of_2(pixels), _TILE // width)
-    grid = (samples * triton.cdiv(pixels, height), triton.cdiv(channels, width))
+    width = min(power_of_two(channels), _TILE)
+    height = min(power_of_two(pixels), _TILE // width)
     largest = grad.new_zeros(grad.shape[keep], dtype=torch.int32)
-    _largest[grid](last, factor, largest, channels, pixels, KEEP=keep, HEIGHT=height, WIDTH=width)
+    # For a scale a channel, pixels of all samples are alike.
+    parts, length = (1, samples * pixels) if keep == 1 and grad.numel() <= MOST_IN_INT32 else (samples, pixels)
+    tall = min(power_of_two(length), _TILE // width)
+    grid = (parts * blocks_of(length, tall * _TURNS), blocks_of(channels, width))
+    _largest[grid](last, factor, largest, channels, length, KEEP=keep, TURNS=_TURNS, HEIGHT=tall, WIDTH=width)
+    grid = (samples * blocks_of(pixels, height), blocks_of(channels, width))
     codes = torch.empty_like(last, dtype=torch.int8)
     scale = grad.new_empty([length if d == keep else 1 for d, length in enumerate(grad.shape)], dtype=torch.float32)
     _round[grid](
@@ -45,11 +53,11 @@ def quantize_gradient(
 
 
 @triton.jit
-def _tile(channels, pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """(sample, pixel, channel) of a program: an int64 scalar, (HEIGHT, 1), (1, WIDTH)."""
-    strips = (pixels + HEIGHT - 1) // HEIGHT
+def _tile(channels, pixels, TURNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """(sample, pixel, channel) of a program's first tile of TURNS: an int64 scalar, (HEIGHT, 1), (1, WIDTH)."""
+    strips = tl.cdiv(pixels, TURNS * HEIGHT)
     sample = tl.program_id(0) // strips
-    pixel = tl.program_id(0) % strips * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    pixel = tl.program_id(0) % strips * (TURNS * HEIGHT) + tl.arange(0, HEIGHT)[:, None]
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     return sample.to(tl.int64), pixel, channel
 
@@ -65,11 +73,16 @@ def _load(grad, factor, sample, pixel, channel, channels, pixels):
 
 
 @triton.jit(do_not_specialize=["channels", "pixels"])
-def _largest(grad, factor, largest, channels, pixels, KEEP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _largest(
+    grad, factor, largest, channels, pixels,
+    KEEP: tl.constexpr, TURNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Magnitudes are compared as the bits of their floats, of which NaN has the largest."""
-    sample, pixel, channel = _tile(channels, pixels, HEIGHT, WIDTH)
-    value, _, _ = _load(grad, factor, sample, pixel, channel, channels, pixels)
-    size = tl.abs(value).to(tl.int32, bitcast=True)
+    sample, pixel, channel = _tile(channels, pixels, TURNS, HEIGHT, WIDTH)
+    size = tl.zeros((HEIGHT, WIDTH), tl.int32)
+    for turn in range(TURNS):
+        value, _, _ = _load(grad, factor, sample, pixel + turn * HEIGHT, channel, channels, pixels)
+        size = tl.maximum(size, tl.abs(value).to(tl.int32, bitcast=True))
     most = tl.max(size, axis=0, keep_dims=True)
     if KEEP == 1:
         tl.atomic_max(largest + channel, most, mask=channel < channels)
@@ -82,7 +95,7 @@ def _round(
     grad, factor, largest, seed, codes, scale, channels, pixels,
     LIMIT: tl.constexpr, KEEP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    sample, pixel, channel = _tile(channels, pixels, HEIGHT, WIDTH)
+    sample, pixel, channel = _tile(channels, pixels, 1, HEIGHT, WIDTH)
     value, at, mask = _load(grad, factor, sample, pixel, channel, channels, pixels)
     kept = channel if KEEP == 1 else sample + tl.zeros((1, 1), tl.int64)
     there = kept < channels if KEEP == 1 else kept >= 0

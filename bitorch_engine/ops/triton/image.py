@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format
-from bitorch_engine.ops.triton.activation import quantized
+from bitorch_engine.ops.triton.activation import index_of
 from bitorch_engine.ops.triton.bits import load_index, row_of
 from bitorch_engine.ops.triton.floats import widened
+from bitorch_engine.ops.triton.launch import blocks_of
 
-_BLOCK = 1024
+_BLOCK = 4096
 _ROWS, _COLUMNS = 16, 128
 
 
@@ -58,10 +59,10 @@ def image_of_floats(x: Tensor, scale: Tensor, low: Tensor, bits: int, row: int) 
 
 
 def _empty(shape: Sequence[int], row: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[int]]:
-    """An image and its padding, and the grid that fills both: one program more than the image needs."""
+    """An image and its padding, and the grid that fills both."""
     image = torch.empty(prod(shape) // shape[1] * row, dtype=torch.int8, device=device)
     padding = torch.empty(row, dtype=torch.int8, device=device)
-    return image, padding, (triton.cdiv(image.numel(), _BLOCK) + triton.cdiv(row, _BLOCK),)
+    return image, padding, (blocks_of(image.numel(), _BLOCK),)
 
 
 def taps_of_weight(packed: Tensor, bits: int, groups: int, outputs: int, inputs: int, taps: int, row: int) -> Tensor:
@@ -86,7 +87,7 @@ def _arranged(
     results = outputs if forward else inputs
     weight = torch.empty(groups * results, taps, row, dtype=torch.int8, device=packed.device)
     rows, columns = (outputs, taps * row) if forward else (row, inputs * taps)
-    grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _ROWS), groups)
+    grid = (blocks_of(columns, _COLUMNS), blocks_of(rows, _ROWS), groups)
     sizes = (outputs, inputs, taps, row)
     if weight.numel():
         blocks = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
@@ -131,6 +132,22 @@ def _arrange(
         tl.store(weight + place, code, mask=(output < row) & (channel < inputs))
 
 
+INFINITY = tl.constexpr(0x7F800000)
+"""Infinity as ``size_bits`` gives it; what is larger is a NaN."""
+
+
+@triton.jit
+def size_bits(value):
+    """The magnitudes of float32 values as integers of the same order: int32."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def quantized_byte(value, inverse, low, BITS: tl.constexpr, STEP: tl.constexpr):
+    """What the image holds for float32 activations; anything for NaN. inverse: of the scale."""
+    return _signed_byte(index_of(value * inverse, low, BITS), low, BITS, STEP)
+
+
 @triton.jit
 def _signed_byte(index, low, BITS: tl.constexpr, STEP: tl.constexpr):
     """What the image holds for an index."""
@@ -144,26 +161,32 @@ def _padding(low, BITS: tl.constexpr):
 
 
 @triton.jit
-def _places(image, padding, size, padding_size, channels, row, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a program's bytes: (address, whether to write, the element of (pixel, channel), whether it is one).
+def _places(size, channels, row, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a program's bytes: (where they start, the lanes, which are written, their elements, which of them there are).
 
-    WHOLE: a row has as many bytes as there are channels.
-    The programs after those of the image write its padding.
+    Elements are those of (pixel, channel), counted from the start where a row has as many bytes as channels (WHOLE).
     """
-    programs = tl.cdiv(size, BLOCK)
-    program = tl.program_id(0)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    if program < programs:
-        start = program.to(tl.int64) * BLOCK
-        if WHOLE:
-            return image + start + lane, start + lane < size, start + lane, start + lane < size
+    write = lane < tl.minimum(size - start, BLOCK).to(tl.int32)
+    if WHOLE:
+        at, real = lane, write
+    else:
         pixel = row_of(start, lane, row)
         channel = (start - pixel * row).to(tl.int32) + lane
-        write = start + lane < size
-        return image + start + lane, write, pixel * channels + channel, write & (channel < channels)
-    else:
-        place = (program - programs) * BLOCK + lane
-        return padding + place, place < padding_size, place.to(tl.int64), place < 0
+        at, real = pixel * channels + channel, write & (channel < channels)
+    return start, lane, write, at, real
+
+
+@triton.jit
+def _write(
+    image, padding, start, lane, write, byte, real, zero, padding_size, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write bytes, and ``zero`` where there is no element; the first program writes the padding too."""
+    tl.store(image + start + lane, byte if WHOLE else tl.where(real, byte, zero), mask=write)
+    if start == 0:
+        for begin in range(0, padding_size, BLOCK):
+            tl.store(padding + begin + lane, zero + tl.zeros_like(byte), mask=begin + lane < padding_size)
 
 
 @triton.jit
@@ -181,11 +204,14 @@ def _decode(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    address, write, at, real = _places(image, padding, size, padding_size, channels, row, WHOLE, BLOCK)
+    start, lane, write, at, real = _places(size, channels, row, WHOLE, BLOCK)
     low_code = tl.load(low)
-    index = tl.load(codes + at, mask=real, other=0).to(tl.int32) if BITS == 8 else load_index(codes, at, real, BITS)
-    byte = tl.where(real, _signed_byte(index, low_code, BITS, STEP), _padding(low_code, BITS))
-    tl.store(address, byte, mask=write)
+    if BITS == 8:
+        index = tl.load(codes + (start if WHOLE else 0) + at, mask=real, other=0).to(tl.int32)
+    else:
+        index = load_index(codes, (start if WHOLE else 0) + at, real, BITS)
+    byte = _signed_byte(index, low_code, BITS, STEP)
+    _write(image, padding, start, lane, write, byte, real, _padding(low_code, BITS), padding_size, WHOLE, BLOCK)
 
 
 @triton.jit
@@ -205,11 +231,9 @@ def _quantize(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    address, write, at, real = _places(image, padding, size, padding_size, channels, row, WHOLE, BLOCK)
+    start, lane, write, at, real = _places(size, channels, row, WHOLE, BLOCK)
     low_code = tl.load(low)
-    value = widened(tl.load(x + at, mask=real, other=0.0))
-    _, index = quantized(value, scale, low_code, BITS)
-    byte = tl.where(real, _signed_byte(index, low_code, BITS, STEP), _padding(low_code, BITS))
-    tl.store(address, byte, mask=write)
-    finite = tl.min((tl.abs(value) <= 3.4028234663852886e38).to(tl.int32))
-    tl.store(poison, float("nan"), mask=finite == 0)
+    value = widened(tl.load(x + (start if WHOLE else 0) + at, mask=real, other=0.0))
+    byte = quantized_byte(value, tl.div_rn(1.0, tl.load(scale)), low_code, BITS, STEP)
+    _write(image, padding, start, lane, write, byte, real, _padding(low_code, BITS), padding_size, WHOLE, BLOCK)
+    tl.store(poison, float("nan"), mask=tl.max(size_bits(value)) >= INFINITY)

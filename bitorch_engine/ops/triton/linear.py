@@ -12,6 +12,7 @@ from bitorch_engine.ops.reference import linear as reference
 from bitorch_engine.ops.triton import interpreter
 from bitorch_engine.ops.triton.bits import MOST_IN_INT32, dequantize, load_index
 from bitorch_engine.ops.triton.floats import narrowed, widened
+from bitorch_engine.ops.triton.launch import blocks_of, power_of_two
 
 interpreter.repair()
 
@@ -42,17 +43,18 @@ def linear_weight_only(
     words = columns % 32 == 0 and packed.data_ptr() % 4 == 0
     formats = {"BITS": bits, "LOW": form.low, "STEP": form.step}
     if words and count <= _FEW:
-        grid: tuple[int, ...] = (triton.cdiv(rows, 16), count)
+        height, lanes = (8, 256) if 32 % bits == 0 else (16, 64)  # a lane has as many words as end a code
+        grid: tuple[int, ...] = (blocks_of(rows, height), count)
         tensors = (values, packed.view(torch.int32), scale, bias, out)
         exact = x.dtype == torch.float32
-        _multiply_row[grid](*tensors, rows, columns, group_size, **formats, EXACT=exact, ROWS=16, LANES=64)
+        _multiply_row[grid](*tensors, rows, columns, group_size, **formats, EXACT=exact, ROWS=height, LANES=lanes)
         return out
     words = words and 32 % bits == 0
-    few, many = min(128, max(16, triton.next_power_of_2(count))), min(128, max(16, triton.next_power_of_2(rows)))
-    if count > 16 and triton.cdiv(count, few) * triton.cdiv(rows, many) < 132:
+    few, many = min(128, max(16, power_of_two(count))), min(128, max(16, power_of_two(rows)))
+    if count > 16 and blocks_of(count, few) * blocks_of(rows, many) < 132:
         many = min(64, many)
     tensors = (values, packed.view(torch.int32) if words else packed, scale, bias, out)
-    grid = (triton.cdiv(count, few) * triton.cdiv(rows, many),)
+    grid = (blocks_of(count, few) * blocks_of(rows, many),)
     _multiply[grid](
         *tensors,
         count,

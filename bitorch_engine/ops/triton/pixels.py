@@ -44,9 +44,11 @@ def store_results(out, total, at, scales, lengths, first, every):
     channel_scale, scale, poison, bias, sample_scale = scales
     if channel_scale is not None:
         factor = tl.load(channel_scale + channel, mask=real_channel, other=0.0) * tl.load(scale)
-        value = total.to(tl.float32) * factor[None, :] + tl.load(poison)
+        value = total.to(tl.float32) * factor[None, :]
+        shift = tl.zeros_like(factor) if poison is None else tl.zeros_like(factor) + tl.load(poison)
         if bias is not None:
-            value += tl.load(bias + channel, mask=real_channel, other=0.0)[None, :]
+            shift += tl.load(bias + channel, mask=real_channel, other=0.0)
+        value += shift[None, :]
     else:
         value = total.to(tl.float32) * tl.load(sample_scale + sample, mask=real, other=0.0)[:, None]
     to_z, to_y, to_x = first[0] + z * every[0], first[1] + y * every[1], first[2] + x * every[2]

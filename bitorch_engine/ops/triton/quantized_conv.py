@@ -12,7 +12,7 @@ from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import channels_last_shape, in_memory_format, is_channels_last
 from bitorch_engine.ops.triton.activation import quantize_activation
 from bitorch_engine.ops.triton.bits import MOST_IN_INT32
-from bitorch_engine.ops.triton.convolve import Scales, convolve
+from bitorch_engine.ops.triton.convolve import Scales, convolve, poison_
 from bitorch_engine.ops.triton.direct import Operand, convolve_directly
 from bitorch_engine.ops.triton.geometry import phases
 from bitorch_engine.ops.triton.image import (
@@ -25,6 +25,7 @@ from bitorch_engine.ops.triton.image import (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
+_MOST_QUANTIZED = 512  # result channels of programs that quantize pixels: at most four do it to the same ones
 _FEWEST = 4  # channels of a group, for the tensor cores
 
 
@@ -63,6 +64,13 @@ def conv(
         scales = Scales(channel_scale.contiguous(), scale, poison, bias)
         operand = Operand(codes, a_bit, low)
         out = _forward_directly(operand, x.shape, packed, w_bit, weight_shape, convolution, scales, x.dtype)
+        return _in_order(out, is_channels_last(x))
+    if _is_pointwise(x.shape, weight_shape, convolution):
+        poison = torch.zeros((), dtype=torch.float32, device=x.device)
+        scales = Scales(channel_scale.contiguous(), scale, poison, bias, low)
+        last = x.movedim(1, -1).contiguous()
+        out = _forward(last, None, x.shape, packed, w_bit, weight_shape, convolution, scales, x.dtype, a_bit)
+        poison_(out, poison)
         return _in_order(out, is_channels_last(x))
     row = row_length(x.shape[1], convolution.groups)
     image, padding, poison = image_of_floats(x, scale, low, a_bit, row)
@@ -129,7 +137,7 @@ def conv_grad_input(
 
 def _forward(
     image: Tensor,
-    padding: Tensor,
+    padding: Tensor | None,
     shape: Sequence[int],
     packed: Tensor,
     w_bit: int,
@@ -137,16 +145,17 @@ def _forward(
     c: Convolution,
     scales: Scales,
     dtype: torch.dtype,
+    bits: int = 0,
 ) -> Tensor:
-    """image, padding: of the input of ``shape``."""
+    """image, padding: of the input of ``shape``.  bits: as of ``convolve``."""
     out = c.output_shape(shape, weight_shape)
-    row = padding.numel() // c.groups
+    row = (shape[1] if padding is None else padding.numel()) // c.groups
     weight = taps_of_weight(
         packed, w_bit, c.groups, out[1] // c.groups, shape[1] // c.groups, prod(weight_shape[2:]), row
     )
     places = (shape[2:], channels_last_shape(out), weight_shape[2:], c.groups)
     lines = phases(out[2:], weight_shape[2:], c, scatter=c.transposed)
-    return convolve(image, padding, weight, *places, lines, scales, dtype)
+    return convolve(image, padding, weight, *places, lines, scales, dtype, bits)
 
 
 def _forward_directly(
@@ -169,6 +178,13 @@ def _forward_directly(
 def _is_narrow(shape: Sequence[int], weight_shape: Sequence[int], c: Convolution) -> bool:
     """Whether groups have so few channels, as in a depthwise convolution, that a matrix would be mostly filling."""
     return c.groups > 1 and min(shape[1], c.output_shape(shape, weight_shape)[1]) // c.groups < _FEWEST
+
+
+def _is_pointwise(shape: Sequence[int], weight_shape: Sequence[int], c: Convolution) -> bool:
+    """Whether each result needs one pixel, and few programs need the same: then these quantize it, and no image of it
+    is written and read. Pixels of a multiple of 16 channels, which are loaded in words."""
+    one_tap = prod(weight_shape[2:]) == 1 and not any(c.padding) and not any(c.pad) and not c.transposed
+    return one_tap and c.groups == 1 and shape[1] % 16 == 0 and weight_shape[0] <= _MOST_QUANTIZED
 
 
 def _in_order(out: Tensor, channels_last: bool) -> Tensor:

@@ -17,6 +17,7 @@ from bitorch_engine.ops.reference.levels import step_key
 from bitorch_engine.ops.reference.noise import as_int32
 from bitorch_engine.ops.triton.bits import MOST_IN_INT32, row_of, spread
 from bitorch_engine.ops.triton.floats import widened
+from bitorch_engine.ops.triton.launch import blocks_of, power_of_two
 from bitorch_engine.ops.triton.levels import load_levels, moved, store_levels
 from bitorch_engine.ops.triton.moments import from_element, load_moment, store_moment
 from bitorch_engine.ops.triton.noise import in_second_half, noise_bits
@@ -79,7 +80,7 @@ def update_(
     form = bit_format(bits)
     levels = (1 << form.hidden_bits) / form.step
     count = grad.numel()
-    grid = (triton.cdiv(count, _BLOCKS * 128),)
+    grid = (blocks_of(count, _BLOCKS * 128),)
     _update[grid](
         packed, residual, scale, exp_avg_s if per_row else None, grad, None if per_row else exp_avg_s, exp_avg_l,
         count, columns, as_int32(step_key(key)),
@@ -107,7 +108,7 @@ def all_within(values: Tensor, limit: float) -> Tensor:
     if values.dtype != torch.float32 or values.numel() == 0 or not dense:
         return reference.all_within(values, limit)
     within = torch.ones((), dtype=torch.bool, device=values.device)
-    grid = (triton.cdiv(values.numel(), _BLOCK),)
+    grid = (blocks_of(values.numel(), _BLOCK),)
     _find_beyond[grid](values, within, values.numel(), limit, BLOCK=_BLOCK)
     return within
 
@@ -117,9 +118,9 @@ def mean_squares(grad: Tensor, factor: float) -> Tensor:
     if grad.dtype not in _GRADS or grad.numel() == 0 or columns > _ROW:
         return reference.mean_squares(grad, factor)
     out = reference.mean_squares_fake(grad, factor)
-    padded = triton.next_power_of_2(columns)
+    padded = power_of_two(columns)
     height = max(1, _TILE // padded)
-    grid = (triton.cdiv(rows, height),)
+    grid = (blocks_of(rows, height),)
     _mean_squares[grid](
         grad.contiguous(), out, rows, columns, 1 / columns, factor,
         HEIGHT=height, PADDED=padded, LOG=padded.bit_length() - 1,

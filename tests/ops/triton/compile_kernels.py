@@ -133,6 +133,11 @@ def products() -> Iterator[tuple[str, Callable[[], Any]]]:
         head = (x, one, low, 8, packed(*w), torch.ones(w[0]), 4, torch.zeros(w[0]))
         quantized_conv.conv(*head, w, *square(2 if channels == 3 else 1, groups))
 
+    def pointwise() -> None:
+        x = torch.zeros(8, 128, 24, 24, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        head = (x, one, low, 8, packed(128, 128), torch.ones(128), 4, torch.zeros(128))
+        quantized_conv.conv(*head, [128, 128, 1, 1], [2, 2], [0, 0], [1, 1], False, [0, 0], 1, [])
+
     def conv_codes() -> None:
         shape, w = [8, 64, 24, 24], [64, 64, 3, 3]
         head = (packed(*shape, width=8), shape, one, low, zero, 8, packed(*w), torch.ones(64), 4)
@@ -156,6 +161,7 @@ def products() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "conv", lambda: conv(64, [64, 64, 3, 3])
     yield "conv of few channels", lambda: conv(3, [64, 3, 7, 7])
     yield "conv of odd channels", lambda: conv(42, [64, 42, 3, 3])
+    yield "conv of one tap", pointwise
     yield "conv of codes", conv_codes
     yield "depthwise", lambda: conv(64, [64, 1, 3, 3], 64)
     yield "grad input", grad_input

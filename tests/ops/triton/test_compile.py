@@ -48,10 +48,11 @@ PRODUCTS = {
     "conv": ("convolve", "s32.s8.s8"),
     "conv of few channels": ("convolve", "s32.s8.s8"),
     "conv of odd channels": ("convolve", "s32.s8.s8"),
+    "conv of one tap": ("convolve", "s32.s8.s8"),
     "conv of codes": ("convolve", "s32.s8.s8"),
     "grad input": ("convolve", "s32.s8.s8"),
-    "grad weight": ("sum_products", "s32.s8.s8"),
-    "grad weight of few channels": ("sum_products", "s32.s8.s8"),
+    "grad weight": ("sum_products", "f32.f16.f16"),
+    "grad weight of few channels": ("sum_products", "f32.f16.f16"),
     "linear": ("multiply", "f32.bf16.bf16"),
     "linear in groups": ("multiply", "f32.bf16.bf16"),
 }

@@ -14,6 +14,7 @@ CASES = {
     "3x3": Case((2, 20, 3, 4), (18, 20, 3, 3), padding=(1,)),
     "3x3-of-64-channels": Case((1, 64, 3, 3), (33, 64, 3, 3), padding=(1,)),
     "1x1-strided": Case((2, 36, 3, 4), (5, 36, 1, 1), stride=(2,)),
+    "1x1-strided-of-48-channels": Case((2, 48, 3, 4), (5, 48, 1, 1), stride=(2,)),
     "rgb": Case((1, 3, 5, 4), (5, 3, 3, 3), stride=(2,), padding=(1,)),
     "dilated": Case((1, 5, 5, 7), (7, 5, 3, 2), stride=(2, 3), padding=(2, 1), dilation=(2, 3)),
     "groups": Case((2, 15, 3, 3), (12, 5, 3, 3), padding=(1,), groups=3),
