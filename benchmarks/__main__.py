@@ -77,10 +77,11 @@ def run_memory(jobs: int = 2, quick: bool = False, only: str = "*") -> None:
 @main.command("kernels")
 @click.option("--quick", is_flag=True, help="Fewer rounds and one thread only; prints, and writes nothing.")
 @click.option("--only", default="*", help="Only settings whose name fits; others stay as they are in results/.")
-def run_kernels(quick: bool = False, only: str = "*") -> None:
+@click.option("--at-once", is_flag=True, help="All settings together, each on cores of its own: needs 5 idle cores.")
+def run_kernels(quick: bool = False, only: str = "*", at_once: bool = False) -> None:
     """Speed of kernels, layers and a whole network against the best peers; a table for each best instruction set."""
     names = [name for name in kernels.settings_here() if fnmatch(name, only)][: 1 if quick else None]
-    record = kernels.measure_settings(names, quick=quick)
+    record = kernels.measure_settings(names, quick=quick, at_once=at_once)
     if quick:
         Console().print(Markdown(kernels.report(record)))
         return

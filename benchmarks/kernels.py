@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -23,6 +25,7 @@ from benchmarks.machine import ROOT, caption, facts, library_fingerprint
 from bitorch_engine.cli.bench.contest import HEADS, Contest, Result, run, table, verdicts
 from bitorch_engine.cli.bench.contests import contests as kernel_contests
 from bitorch_engine.cli.bench.contests import sizes
+from bitorch_engine.cli.bench.timing import Function
 from bitorch_engine.cli.info import kernel_facts
 from bitorch_engine.ops.cpu import available_isas
 
@@ -35,7 +38,8 @@ SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
         {"BITORCH_ENGINE_CPU": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
     ),
 }
-"""Name: threads and environment. onnxruntime and torch's own loops know no cap, so the caps leave onnxruntime out."""
+"""Name: threads and environment. onnxruntime and torch's own loops know no cap, so the caps leave onnxruntime out, and
+bfloat16, which torch then computes many times as slowly as float32."""
 
 BUSY = 0.5
 """Load average from which results carry a warning. Where others take the cores, two threads that wait for each other
@@ -57,16 +61,39 @@ def every_contest(setting: str, *, quick: bool) -> Iterator[Contest]:
         yield from sizes()
 
 
-def measure_settings(names: list[str], *, quick: bool) -> dict[str, Any]:
-    """Each setting in a process of its own: the caps are read when the libraries load."""
-    found = {}
+def measure_settings(names: list[str], *, quick: bool, at_once: bool = False) -> dict[str, Any]:
+    """Each setting in a process of its own: the caps are read when the libraries load.
+
+    at_once: all together, each on cores of its own, for a machine that has enough of them.
+    """
     load = round(os.getloadavg()[0], 2)  # before we add to it
+    cores = sorted(os.sched_getaffinity(0)) if at_once else []
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    written: dict[str, bytes] = {}
+
+    def finish() -> None:
+        while running:
+            name, process = running.pop(0)
+            written[name] = process.communicate()[0]
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+
     for name in names:
         threads, environment = SETTINGS[name]
         command = [sys.executable, "-m", "benchmarks.kernels", name, *(["--quick"] if quick else [])]
+        if at_once:
+            if len(cores) < threads:
+                raise click.ClickException(f"There are too few cores to measure {', '.join(names)} at once.")
+            command += ["--cores", ",".join(str(cores.pop()) for _ in range(threads))]
         more = environment | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=os.environ | more, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-        found[name] = json.loads(done.stdout) | {"load": load, "sources": library_fingerprint()}
+        running.append((name, subprocess.Popen(command, env=os.environ | more, cwd=ROOT, stdout=subprocess.PIPE)))
+        if not at_once:
+            finish()
+    finish()
+    found = {
+        name: json.loads(text) | {"load": load, "sources": library_fingerprint(), "at_once": at_once}
+        for name, text in written.items()
+    }
     return {"machine": facts(), "kernels": kernel_facts(), "settings": found}
 
 
@@ -82,6 +109,8 @@ def report(record: dict[str, Any]) -> str:
         parts.append(
             f"Medians of {kept['rounds']} rounds. Instruction set: {kept['isa']}. Load before it began: {kept['load']}."
         )
+        if kept.get("at_once"):
+            parts.append("Measured while the other settings were, each on cores of its own.")
         if kept["load"] > BUSY:
             parts.append("**The machine was busy with other work: these numbers are not to be relied on.**")
         if lost := list(lost_shapes(measured)):
@@ -136,25 +165,32 @@ def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
 @click.command()
 @click.argument("setting", type=click.Choice(list(SETTINGS)))
 @click.option("--quick", is_flag=True)
-def measure_here(setting: str, quick: bool) -> None:
+@click.option("--cores", default="", help="Numbers of the cores to run on, with commas between.")
+def measure_here(setting: str, quick: bool, cores: str) -> None:
     """Print the results of one setting, in whose environment this process runs, as JSON."""
     threads, environment = SETTINGS[setting]
+    if cores:
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     rounds, results = (7 if setting == next(iter(SETTINGS)) and not quick else 5), []
     known = list(every_contest(setting, quick=quick))
+    if "ONEDNN_MAX_CPU_ISA" in environment:
+        known = [replace(contest, prepare=partial(_capped, contest)) for contest in known]
     columns = (TextColumn("{task.description:44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_stderr()) as progress:
         task = progress.add_task(setting, total=len(known))
         for contest in known:
-            result = run(contest, rounds=rounds)
-            if "ONEDNN_MAX_CPU_ISA" in environment:
-                kept = {name: s for name, s in result.seconds.items() if "onnxruntime" not in name}
-                result = Result(result.work, result.shape, kept, result.goals, result.missing)
-            results.append(result.as_json())
+            results.append(run(contest, rounds=rounds).as_json())
             progress.advance(task)
     isa = kernel_facts().get("instruction set", "none: the kernels are not compiled")
     click.echo(json.dumps({"quick": quick, "rounds": rounds, "isa": isa, "results": results}))
+
+
+def _capped(contest: Contest) -> dict[str, Function]:
+    """The functions of a contest that a cap holds for."""
+    functions = contest.prepare()
+    return {name: functions[name] for name in functions if "onnxruntime" not in name and not name.startswith("bf16")}
 
 
 def _stderr() -> Any:
