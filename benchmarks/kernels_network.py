@@ -1,9 +1,9 @@
 """Contests of a whole network of ResNet-18's size: one training step, and one inference.
 
-Images are 224 x 224, channels last for everyone. As in ``benchmarks.memory`` the linear head stays float32, and the
-first convolution keeps its float input. In inference BatchNorm is folded into the convolutions for everyone: with
-``fuse_batch_norm_`` in ours, with torch's own ``torch.fx.experimental.optimization.fuse`` in the peers. *8-bit image*:
-the first convolution, too, has quantized input, which pixels are anyway, and 4-bit weights.
+Images are 224 x 224, channels last, and ReLUs in place for everyone. As in ``benchmarks.memory`` the linear head stays
+float32, and the first convolution keeps its float input. In inference BatchNorm is folded into the convolutions for
+everyone: with ``fuse_batch_norm_`` in ours, with torch's own ``torch.fx.experimental.optimization.fuse`` in the peers.
+*8-bit image*: the first convolution, too, has quantized input, which pixels are anyway, and 4-bit weights.
 """
 
 import copy
@@ -51,7 +51,7 @@ def network(
     w_bit: int | None, a_bit: int | None = None, g_bit: int | None = None, *, first: dict[str, int | None] | None = None
 ) -> nn.Sequential:
     """w_bit None: float32.  first: what the first convolution has instead; by default float input."""
-    model = resnet18().to(memory_format=torch.channels_last)
+    model = resnet18(inplace=True).to(memory_format=torch.channels_last)
     if w_bit is not None:
         head = str(len(model) - 1)
         quantize_(model, w_bit, a_bit, g_bit, skip=head, overrides={"0": first or {"a_bit": None}})
