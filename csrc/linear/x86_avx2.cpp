@@ -30,12 +30,12 @@ inline void widen_add(__m256i& total, __m256i pairs) {
   total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// VECTORS vectors of bytes of two rows, whose pairs of products fit 16 bits together: 2 * 15 * 128 * 8 at 4 bits.
-template <int BITS, int VECTORS>
-inline void add_some(const uint8_t* a, const uint8_t* b, const int8_t* digits, Sums& of_a, Sums& of_b) {
+// At most SOME vectors of bytes of two rows, whose pairs of products fit 16 bits together: 2 * 15 * 128 * 8 at 4 bits.
+template <int BITS>
+inline void add_some(const uint8_t* a, const uint8_t* b, const int8_t* digits, int64_t vectors, Sums& of_a, Sums& of_b) {
   __m256i p = _mm256_setzero_si256(), q = p, r = p, s = p, t = p, u = p;
 #pragma GCC unroll 1
-  for (int v = 0; v < VECTORS; ++v, a += WIDTH, b += WIDTH) {
+  for (int64_t v = 0; v < vectors; ++v, a += WIDTH, b += WIDTH) {
     const __m256i bytes_a = load(a), bytes_b = load(b);
 #pragma GCC unroll 8
     for (int j = 0; j < 8 / BITS; ++j, digits += 3 * WIDTH) {
@@ -80,18 +80,21 @@ void dot_two(const uint8_t* a, const uint8_t* b, int64_t row_bytes, const Digits
   const int8_t* digits = x.digits;
   for (int64_t start = 0, g = 0; start < row_bytes; start += BYTES, ++g) {
     const uint8_t *from_a = a + start, *from_b = b + start;
-    if (row_bytes - start < BYTES) {  // what follows is another row, or not there
+    const int64_t left = row_bytes - start, vectors = left < BYTES ? (left + WIDTH - 1) / WIDTH : VECTORS;
+    if (left < vectors * WIDTH) {  // what follows is another row, or not there
       __builtin_memset(last, 0, sizeof last);
-      __builtin_memcpy(last[0], from_a, row_bytes - start);
-      __builtin_memcpy(last[1], from_b, row_bytes - start);
+      __builtin_memcpy(last[0], from_a, left);
+      __builtin_memcpy(last[1], from_b, left);
       from_a = last[0];
       from_b = last[1];
     }
     const int32_t* corrections = x.corrections + 48 * g;
     Sums of_a{load(corrections), load(corrections + 16), load(corrections + 32)}, of_b = of_a;
-    for (int v = 0; v < VECTORS; v += SOME, digits += SOME * (8 / BITS) * 3 * WIDTH)
-      add_some<BITS, SOME>(from_a + v * WIDTH, from_b + v * WIDTH, digits, of_a, of_b);
-    for (int64_t line = 0; line < BYTES; line += 64) {  // of the next two rows
+    for (int64_t v = 0; v < vectors; v += SOME, digits += SOME * (8 / BITS) * 3 * WIDTH) {
+      const int64_t some = vectors - v < SOME ? vectors - v : SOME;
+      add_some<BITS>(from_a + v * WIDTH, from_b + v * WIDTH, digits, some, of_a, of_b);
+    }
+    for (int64_t line = 0; line < vectors * WIDTH; line += 64) {  // of the next two rows
       __builtin_prefetch(a + start + line + 2 * row_bytes);
       __builtin_prefetch(b + start + line + 2 * row_bytes);
     }

@@ -34,9 +34,10 @@ void dot_four(const uint8_t* const* rows, int64_t row_bytes, const Digits& x, fl
     for (int r = 0; r < ROWS_AT_ONCE; ++r)
 #pragma GCC unroll 3
       for (int d = 0; d < 3; ++d) total[r][d] = _mm512_loadu_si512(corrections + 16 * d);
-    for (int64_t place = start; place < start + BYTES; place += WIDTH, digits += 3 * WIDTH * (8 / BITS)) {
+    const int64_t end = start + BYTES < row_bytes ? start + BYTES : row_bytes;
+    for (int64_t place = start; place < end; place += WIDTH, digits += 3 * WIDTH * (8 / BITS)) {
       const int64_t left = row_bytes - place;  // what follows is another row, or not there
-      const __mmask64 mask = left >= WIDTH ? ~uint64_t{0} : left <= 0 ? 0 : (uint64_t{1} << left) - 1;
+      const __mmask64 mask = left >= WIDTH ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
       __m512i bytes[ROWS_AT_ONCE];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS_AT_ONCE; ++r) bytes[r] = _mm512_maskz_loadu_epi8(mask, rows[r] + place);
