@@ -10,7 +10,8 @@ namespace {
 
 struct Rule {
   __m256 inverse, low, high;  // the lowest and the highest code
-  __m256i zero, step;         // added to a code to get the index; 1 bit: what the index 1 is written as
+  __m256i zero, largest;      // added to a code to get the index; the largest index, in bytes
+  __m256i step;               // 1 bit: what the index 1 is written as
 };
 
 template <Dtype dtype>
@@ -21,11 +22,27 @@ __m256 load(const void* x, int64_t i) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// What does not fit a float or is no number makes `odd` NaN.
+// What has to be done again by the scalar kernel: infinities and NaN make `odd` NaN, or, where values are rounded before
+// they are clamped, they and numbers beyond 32 bits make `least` the least integer.
+struct Odd {
+  __m256 odd = _mm256_setzero_ps();
+  __m256i least = _mm256_setzero_si256();
+
+  bool any() const {
+    const __m256i lowest = _mm256_cmpeq_epi32(least, _mm256_set1_epi32(INT32_MIN));
+    return _mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0 || _mm256_movemask_epi8(lowest) != 0;
+  }
+};
+
 template <bool sign, bool with_beyond>
-__m256i quantize(__m256 x, const Rule& rule, __m256& odd, __m256i& beyond) {
+__m256i quantize(__m256 x, const Rule& rule, Odd& seen, __m256i& beyond) {
   const __m256 ratio = _mm256_mul_ps(x, rule.inverse);
-  odd = _mm256_fmadd_ps(ratio, _mm256_setzero_ps(), odd);
+  if (!sign && !with_beyond) {  // bytes_of clamps
+    const __m256i code = _mm256_cvtps_epi32(ratio);
+    seen.least = _mm256_min_epi32(seen.least, code);
+    return code;
+  }
+  seen.odd = _mm256_fmadd_ps(ratio, _mm256_setzero_ps(), seen.odd);
   if (sign) {
     const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), ratio);
     if (with_beyond) beyond = _mm256_castps_si256(_mm256_cmp_ps(size, _mm256_set1_ps(1), _CMP_GT_OQ));
@@ -41,23 +58,24 @@ __m256i quantize(__m256 x, const Rule& rule, __m256& odd, __m256i& beyond) {
   return code;
 }
 
-// Four vectors of numbers that fit 16 bits to one of 16 bits twice. Packing works within 128-bit lanes; `order` repairs it.
+// Packing works within 128-bit lanes; `order` repairs it.
 __m256i in_order(__m256i packed) {
   return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
+// Packing saturates, so that what is below the lowest code has the index 0, and what is above all has 255 or less.
 template <bool sign>
 __m256i bytes_of(const __m256i (&code)[4], const Rule& rule) {
   const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
   if (sign) return _mm256_and_si256(in_order(_mm256_packs_epi16(low, high)), rule.step);
-  const __m256i index = _mm256_packus_epi16(_mm256_add_epi16(low, rule.zero), _mm256_add_epi16(high, rule.zero));
-  return in_order(index);
+  const __m256i index = _mm256_packus_epi16(_mm256_adds_epi16(low, rule.zero), _mm256_adds_epi16(high, rule.zero));
+  return in_order(_mm256_min_epu8(index, rule.largest));
 }
 
 // 32 values at a time. Returns whether one was odd: then all are to be done again.
 template <Dtype dtype, bool sign, bool with_beyond>
 bool quantize_blocks(const void* x, int64_t start, int64_t count, const Rule& rule, uint8_t* out, uint8_t* beyond) {
-  __m256 odd = _mm256_setzero_ps();
+  Odd odd;
   for (int64_t i = 0; i < count; i += 32) {
     __m256i code[4], outside[4];
 #pragma GCC unroll 4
@@ -70,7 +88,7 @@ bool quantize_blocks(const void* x, int64_t start, int64_t count, const Rule& ru
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(beyond + i), _mm256_and_si256(mask, _mm256_set1_epi8(1)));
     }
   }
-  return _mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0;
+  return odd.any();
 }
 
 using Blocks = bool (*)(const void*, int64_t, int64_t, const Rule&, uint8_t*, uint8_t*);
@@ -93,7 +111,9 @@ struct Run {
         rule(rule),
         vectors{_mm256_set1_ps(rule.inverse_scale), _mm256_set1_ps(rule.low),
                 _mm256_set1_ps(rule.low + static_cast<float>((1 << rule.bits) - 1)),
-                _mm256_set1_epi16(static_cast<int16_t>(-rule.low)), _mm256_set1_epi8(static_cast<char>(rule.step))},
+                _mm256_set1_epi16(static_cast<int16_t>(-rule.low)),
+                _mm256_set1_epi8(static_cast<char>((1 << rule.bits) - 1)),
+                _mm256_set1_epi8(static_cast<char>(rule.step))},
         blocks(dtype == FLOAT32    ? blocks_for<FLOAT32>(rule.bits == 1, with_beyond)
                : dtype == BFLOAT16 ? blocks_for<BFLOAT16>(rule.bits == 1, with_beyond)
                                    : blocks_for<FLOAT16>(rule.bits == 1, with_beyond)) {}
