@@ -63,7 +63,7 @@ struct Call {
 // What all lines of a phase share.
 struct PhaseWork {
   std::vector<int64_t> offsets;
-  DepthwiseLine line;
+  DepthwiseLines line;
 
   PhaseWork(const Call& call, size_t f) : offsets(product_offsets(call.product, call.product.phases[f])), line{} {
     const Product& p = call.product;
@@ -74,6 +74,8 @@ struct PhaseWork {
     line.pairs = pairs(p, phase);
     line.step = p.base_step[2] * Slab::pixel_bytes(p);
     line.pixels = phase.count[2];
+    line.line_step = p.base_step[1] * p.padded[2] * Slab::pixel_bytes(p);
+    line.line_pitch = p.result_step[1] * call.a.out_step[1];
     line.channels = p.groups * p.result_channels;
     line.weights = reinterpret_cast<const int8_t*>(call.weights) + weights_before(p, f);
     line.start = call.start + static_cast<int64_t>(f) * Slab::lanes(p);
@@ -94,12 +96,13 @@ void multiply_band(const Call& call, const Slab& slab, int64_t sample, int64_t f
   const int64_t element = a.out_dtype == FLOAT32 ? 4 : 2, step = p.result_step[2] * a.out_step[2];
   for (size_t f = 0; f < p.phases.size(); ++f) {
     const Phase& phase = p.phases[f];
-    DepthwiseLine line = works[f].line;
+    DepthwiseLines line = works[f].line;
     if (line.pixels <= 0) continue;
     const int64_t end[2] = {d == 0 ? std::min(last, phase.count[0]) : phase.count[0],
                             d == 1 ? std::min(last, phase.count[1]) : phase.count[1]};
     for (int64_t z = d == 0 ? first : 0; z < end[0]; ++z)
-      for (int64_t y = d == 1 ? first : 0; y < end[1]; ++y) {
+      for (int64_t y = d == 1 ? first : 0; y < end[1]; y += line.lines) {
+        line.lines = direct ? end[1] - y : 1;
         line.base = slab.bytes() + call.bands.base(z, y, first);
         const int64_t place = sample * a.out_sample + (phase.first[0] + z * p.result_step[0]) * a.out_step[0] +
                               (phase.first[1] + y * p.result_step[1]) * a.out_step[1] + phase.first[2] * a.out_step[2];
@@ -197,13 +200,13 @@ BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* 
   const int64_t all = static_cast<int64_t>(p.phases.size()) * lanes;
   const Buffer<int32_t> start = new_buffer<int32_t>(all);
   for (int64_t i = 0; i < all; ++i) start[i] = -sums[i] * source.zero();
-  const Buffer<float> factors = new_buffer<float>(lanes), biases = new_buffer<float>(lanes);
+  const Buffer<float> factors = new_buffer<float>(lanes), biases = new_buffer<float>(bias ? lanes : 0);
   for (int64_t i = 0; i < lanes; ++i) {
     factors[i] = i >= channels || !factor ? 0.0f : scale ? factor[i] * *scale : factor[i];
-    biases[i] = i < channels && bias ? bias[i] : 0.0f;
+    if (bias) biases[i] = i < channels ? bias[i] : 0.0f;
   }
   const Bands bands(p, static_cast<int>(a->threads));
-  const Call call{*a, p, source, bands, weights, start.get(), factors.get(), biases.get(), sample_factor,
+  const Call call{*a, p, source, bands, weights, start.get(), factors.get(), bias ? biases.get() : nullptr, sample_factor,
                   static_cast<uint8_t*>(out)};
   return multiply_all(call) || (poison && std::isnan(*poison));
 }

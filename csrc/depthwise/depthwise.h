@@ -24,21 +24,23 @@ static inline int64_t place_of_lane(int64_t lane) {
   return (eight == 1 ? 2 : eight == 2 ? 1 : eight) * 16 + lane % 8 * 2;
 }
 
-// Result pixels of one line, all lanes:
-//   out[x * pitch + o] = float(start[o] + sum over k of base[x * step + o + offsets[k]] * weight[k][o]) * factor[o] + bias[o]
-struct DepthwiseLine {
+// Result pixels of some lines, all lanes:
+//   out[y * line_pitch + x * pitch + o] =
+//     float(start[o] + sum over k of base[y * line_step + x * step + o + offsets[k]] * weight[k][o]) * factor[o] + bias[o]
+struct DepthwiseLines {
   const uint8_t* base;
   const int64_t* offsets;  // 2 * pairs of them
   int64_t pairs, step, pixels;
-  int64_t channels;  // lanes that are written; start, factor and bias have whole blocks
+  int64_t lines, line_step;
+  int64_t channels;  // lanes that are written; start, factor and bias have whole blocks, or bias is null
   const int8_t* weights;
-  const int32_t* start;
+  const int32_t* start;  // less than the largest sum of all products
   const float *factor, *bias;
-  int64_t fit;  // so many pairs have sums that fit 16 bits together; 0: not even one
+  int64_t fit;  // so many pairs have sums that fit 16 bits together; 0: not even one. `start` added, they still do
   float* out;
-  int64_t pitch;
+  int64_t pitch, line_pitch;
 };
-using DepthwiseFunction = void (*)(const DepthwiseLine& line);
+using DepthwiseFunction = void (*)(const DepthwiseLines& line);
 
 // The weight's gradient, one block of lanes, pixels of one line:
 //   totals[0][o] += sum over x of row(x, o),  totals[1 + k][o] += sum over x of row(x, o) * base[x * step + o + offsets[k]]
@@ -55,7 +57,7 @@ struct DepthwiseGradientLine {
 using DepthwiseGradientFunction = void (*)(const DepthwiseGradientLine& line);
 
 #define BE_DEPTHWISE(isa)                                 \
-  void depthwise_##isa(const DepthwiseLine& line);        \
+  void depthwise_##isa(const DepthwiseLines& line);        \
   void depthwise_gradient_##isa(const DepthwiseGradientLine& line);
 BE_DEPTHWISE(scalar)
 BE_DEPTHWISE(avx2)

@@ -19,7 +19,9 @@ int64_t Slab::row_pixels(const Product& p) { return dimension(p) == 0 ? p.padded
 Slab::Slab(const Product& product, const Source& source, int64_t most) : p_(product), source_(source) {
   const int64_t size = most * row_pixels(p_) * pixel_bytes(p_);
   bytes_ = new_buffer<uint8_t>(size + MARGIN);
-  std::memset(bytes_.get(), 0, size + MARGIN);
+  // Where lanes fill up a block, nothing writes them; all else is written before it is read.
+  const int64_t written = lanes(p_) == p_.groups * p_.result_channels ? size : 0;
+  std::memset(bytes_.get() + written, 0, size - written + MARGIN);
   line_ = new_buffer<uint8_t>(p_.image[2] * p_.groups * p_.image_channels + 16);
 }
 

@@ -21,15 +21,15 @@ inline void add(Totals& totals, __m512i sums) {
   totals.second = _mm512_add_epi32(totals.second, _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sums, 1)));
 }
 
-inline void store(const DepthwiseLine& l, int64_t lane, __m512i total, float* out) {
+inline void store(const DepthwiseLines& l, int64_t lane, __m512i total, float* out) {
   const __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(total, _mm512_loadu_si512(l.start + lane)));
   const __m512 scaled = _mm512_mul_ps(value, _mm512_loadu_ps(l.factor + lane));
   const int64_t some = l.channels - lane;
   const __mmask16 mask = some >= 16 ? 0xffff : some <= 0 ? 0 : static_cast<__mmask16>((1 << some) - 1);
-  _mm512_mask_storeu_ps(out + lane, mask, _mm512_add_ps(scaled, _mm512_loadu_ps(l.bias + lane)));
+  _mm512_mask_storeu_ps(out + lane, mask, l.bias ? _mm512_add_ps(scaled, _mm512_loadu_ps(l.bias + lane)) : scaled);
 }
 
-inline void store(const DepthwiseLine& l, int64_t lane, const Totals& totals, float* out) {
+inline void store(const DepthwiseLines& l, int64_t lane, const Totals& totals, float* out) {
   store(l, lane, _mm512_shuffle_i64x2(totals.first, totals.second, 0x44), out);
   store(l, lane + 16, _mm512_shuffle_i64x2(totals.first, totals.second, 0xee), out);
 }
@@ -38,7 +38,7 @@ inline Totals none() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; 
 
 // All sums of a lane fit 16 bits, and the weights of a block stay in registers.
 template <int PAIRS>
-void few(const DepthwiseLine& l) {
+void few(const DepthwiseLines& l) {
   for (int64_t lane = 0; lane < l.channels; lane += LANE_BLOCK) {
     const int8_t* weights = l.weights + 2 * lane * PAIRS;
     const uint8_t* at[2 * PAIRS];
@@ -65,7 +65,7 @@ void few(const DepthwiseLine& l) {
 }
 
 // Any number of products: `fit` pairs are added in 16 bits before they are widened.
-void many(const DepthwiseLine& l) {
+void many(const DepthwiseLines& l) {
   for (int64_t lane = 0; lane < l.channels; lane += LANE_BLOCK) {
     const int8_t* weights = l.weights + 2 * lane * l.pairs;
     for (int64_t x = 0; x < l.pixels; ++x) {
@@ -86,7 +86,7 @@ void many(const DepthwiseLine& l) {
 }
 
 // Not even two products fit 16 bits (8-bit weights and activations): both are widened first.
-void wide(const DepthwiseLine& l) {
+void wide(const DepthwiseLines& l) {
   for (int64_t lane = 0; lane < l.channels; lane += LANE_BLOCK) {
     const int8_t* weights = l.weights + 2 * lane * l.pairs;
     for (int64_t x = 0; x < l.pixels; ++x) {
@@ -155,10 +155,11 @@ void sum_rows(const DepthwiseGradientLine& l) {
 
 }  // namespace
 
-void depthwise_avx512(const DepthwiseLine& l) {
-  if (l.fit == 0) return wide(l);
-  if (l.pairs > l.fit || l.pairs > 5 || l.pairs == 0) return many(l);
-  FEW[l.pairs - 1](l);
+void depthwise_avx512(const DepthwiseLines& l) {
+  const bool all_fit = 0 < l.pairs && l.pairs <= l.fit && l.pairs <= 5;
+  const DepthwiseFunction function = l.fit == 0 ? wide : all_fit ? FEW[l.pairs - 1] : many;
+  DepthwiseLines line = l;  // one at a time
+  for (int64_t y = 0; y < l.lines; ++y, line.base += l.line_step, line.out += l.line_pitch) function(line);
 }
 
 void depthwise_gradient_avx512(const DepthwiseGradientLine& l) {

@@ -6,29 +6,42 @@ namespace bitorch_engine {
 namespace {
 
 Written multiply(DepthwiseFunction kernel, Random& random) {
-  DepthwiseLine line{};
-  line.pairs = random.between(0, 12);
+  DepthwiseLines line{};
+  line.pairs = random.flip() ? 5 : random.between(0, 12);
   line.step = random.between(1, 200);
   line.pixels = random.between(1, 20);
   line.channels = random.between(1, 100);
+  line.lines = random.between(1, 3);
+  line.line_step = random.between(0, 300);
   const int64_t blocks = (line.channels + LANE_BLOCK - 1) / LANE_BLOCK, lanes = blocks * LANE_BLOCK;
   const int64_t largest = (1 << random.between(1, 8)) - 1, largest_weight = 1 << random.between(0, 7);
   std::vector<int64_t> offsets(2 * line.pairs);
   for (int64_t& offset : offsets) offset = random.between(0, 500);
-  const std::vector<uint8_t> slab = random.bytes(line.pixels * line.step + 500 + lanes + MARGIN, largest);
+  const bool square = line.pairs == 5 && random.flip();  // three rows of three taps
+  for (int64_t k = 0; square && k < 10; ++k)
+    offsets[k] = k % 3 == 0 && k < 9 ? offsets[k] : offsets[k - 1] + (k < 9 ? line.step : 0);
+  const std::vector<uint8_t> slab = random.bytes(2 * line.line_step + (line.pixels + 2) * line.step + 500 + lanes + MARGIN, largest);
   std::vector<int8_t> weights(blocks * line.pairs * 2 * LANE_BLOCK);
   for (int8_t& weight : weights) weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
   std::vector<int32_t> start(lanes);
-  for (int32_t& one : start) one = static_cast<int32_t>(random.between(-9000, 9000));
+  for (int64_t o = 0; square && o < lanes; ++o)
+    weights[(o / LANE_BLOCK * 5 + 4) * 64 + place_of_lane(o % LANE_BLOCK) + 1] = 0;
+  const int64_t zero = random.between(0, largest);
+  for (int64_t o = 0; o < lanes; ++o)
+    for (int64_t k = 0; k < 2 * line.pairs; ++k) {
+      const int64_t place = (o / LANE_BLOCK * line.pairs + k / 2) * 64 + place_of_lane(o % LANE_BLOCK) + k % 2;
+      start[o] -= static_cast<int32_t>(zero * weights[place]);
+    }
   const std::vector<float> factor = random.numbers(lanes, 0.01f), bias = random.numbers(lanes, 9);
   line.pitch = line.channels + random.between(0, 5);
-  std::vector<float> out(line.pixels * line.pitch);
+  line.line_pitch = line.pixels * line.pitch + random.between(0, 5);
+  std::vector<float> out(line.lines * line.line_pitch);
   line.base = slab.data();
   line.offsets = offsets.data();
   line.weights = weights.data();
   line.start = start.data();
   line.factor = factor.data();
-  line.bias = bias.data();
+  line.bias = random.flip() ? bias.data() : nullptr;
   line.fit = 32767 / (2 * largest * largest_weight);
   line.out = out.data();
   kernel(line);
