@@ -20,7 +20,7 @@ from bitorch_engine.ops.triton.floats import widened
 from bitorch_engine.ops.triton.geometry import Phase, triple
 from bitorch_engine.ops.triton.image import INFINITY, quantized_byte, size_bits
 from bitorch_engine.ops.triton.launch import blocks_of, power_of_two
-from bitorch_engine.ops.triton.pixels import pixel_of, place_in, store_results, tap_of, weight_tap
+from bitorch_engine.ops.triton.pixels import is_in, pixel_of, place_in, place_of, store_results, tap_of, weight_tap
 
 interpreter.repair()
 
@@ -246,7 +246,7 @@ def _convolve(
     elif BITS > 0:
         low_code, inverse = tl.load(low), tl.div_rn(1.0, tl.load(scale))
         largest = tl.zeros((PIXELS,), tl.int32)
-        place, _ = place_in(source_z, source_y, source_x, source)
+        place = place_of(source_z, source_y, source_x, source)
         start = image + tl.where(real, sample_place + place * pixel_row, 0)
         for begin in range(0, row, DEPTH):
             byte = begin + inner
@@ -262,13 +262,16 @@ def _convolve(
         tl.store(poison, float("nan"), mask=tl.max(largest) >= INFINITY)
     else:
         blocks = tl.cdiv(row, DEPTH)
+        place = place_of(source_z, source_y, source_x, source)
+        pixel_start = image + (sample_place + place * pixel_row)  # a tap is as far from it for every pixel
         for turn in range(tap_count[0] * tap_count[1] * tap_count[2] * blocks):
             tap = turn // blocks
             byte = (turn - tap * blocks) * DEPTH + inner
             tap_z, tap_y, tap_x = tap_of(tap, tap_count)
-            at_z, at_y = source_z + tap_z * tap_step[0], source_y + tap_y * tap_step[1]
-            place, inside = place_in(at_z, at_y, source_x + tap_x * tap_step[2], source)
-            start = tl.where(real & inside, image + (sample_place + place * pixel_row), padding)
+            step_z, step_y, step_x = tap_z * tap_step[0], tap_y * tap_step[1], tap_x * tap_step[2]
+            inside = is_in(source_z + step_z, source_y + step_y, source_x + step_x, source)
+            distance = place_of(step_z, step_y, step_x, source) * pixel_row
+            start = tl.where(real & inside, pixel_start + distance, padding)
             at = weight_tap(tap_z, tap_y, tap_x, tap_first, tap_every, kernel) * row + byte
             if WHOLE:
                 a = tl.load(start[:, None] + byte[None, :])

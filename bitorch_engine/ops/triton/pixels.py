@@ -24,8 +24,19 @@ def tap_of(tap, taps):
 @triton.jit
 def place_in(z, y, x, lengths):
     """The place in a map, and whether it is one."""
-    inside = (z >= 0) & (z < lengths[0]) & (y >= 0) & (y < lengths[1]) & (x >= 0) & (x < lengths[2])
-    return (z * lengths[1] + y) * lengths[2] + x, inside
+    return place_of(z, y, x, lengths), is_in(z, y, x, lengths)
+
+
+@triton.jit
+def place_of(z, y, x, lengths):
+    """The place in a map; of a step in it, how far that leads."""
+    return (z * lengths[1] + y) * lengths[2] + x
+
+
+@triton.jit
+def is_in(z, y, x, lengths):
+    """Whether a place is in a map."""
+    return (z >= 0) & (z < lengths[0]) & (y >= 0) & (y < lengths[1]) & (x >= 0) & (x < lengths[2])
 
 
 @triton.jit
