@@ -123,8 +123,8 @@ class _Problem:
         keep: bool,
     ) -> Tensor:
         weights = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
-        if bias is not None and bias.dtype is not torch.float32:
-            bias = bias.to(torch.float32)
+        if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
+            bias = bias.to(torch.float32).contiguous()
         y = torch.empty_strided(self.out, self.strides, dtype=dtype)
         _conv(
             self.address,

@@ -216,8 +216,8 @@ def conv(
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     problem, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype)
-    if bias is not None and bias.dtype is not torch.float32:
-        bias = bias.to(torch.float32)
+    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
+        bias = bias.to(torch.float32).contiguous()
     return problem.run(x, packed, channel_scale, y, scale, low, bias=bias, keep=True)
 
 

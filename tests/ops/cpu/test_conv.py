@@ -187,6 +187,15 @@ def test_the_product_of_codes_is_that_of_torch(isa: str, case: Case) -> None:
             torch.testing.assert_close(run_codes(o), o.expected(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bits", [(8, 4), (1, 1), (2, 2)], ids=str)
+def test_a_bias_that_is_no_dense_vector_is_read_as_what_it_says(bits: tuple[int, int]) -> None:
+    case = Case((2, 16, 4, 5), (24, 16, 3, 3), padding=(1,))
+    o = operands(case, *bits)
+    x = (o.codes * o.scale).float()
+    for bias in (torch.randn(1).expand(24), torch.randn(48)[::2], torch.randn(24).to(torch.float64)):
+        assert torch.equal(run_floats(o, x, bias), o.expected(bias.to(torch.float32)))
+
+
 @each_isa
 @each_case
 def test_floats_are_quantized_on_the_way(isa: str, case: Case) -> None:
