@@ -7,8 +7,10 @@ namespace {
 
 struct Rule {
   __m512 inverse, low, top;
-  int shift;  // step as a power of two
-  bool sign;  // 1 bit
+  __m512 high;   // the highest code
+  __m512i zero;  // in 16 bits, added to a code to get the index
+  int shift;     // step as a power of two
+  bool sign;     // 1 bit
 };
 
 struct Quantized {
@@ -53,19 +55,61 @@ Quantized quantize(__m512 x, const Rule& rule, __mmask16& odd) {
   return q;
 }
 
+// Four vectors of numbers to one of bytes, which saturate. Packing two by two works within 128-bit lanes; `order` puts the
+// lanes back in order.
+__m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d, __m512i added) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(a, b), added);
+  const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(c, d), added);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+}
+
+// 64 values at a time, where numbers are finite: half the instructions of the loop below. Returns whether one was not,
+// or did not fit a float when it was divided; then all are to be done again.
+template <Dtype dtype, bool sign>
+bool quantize_blocks(const void* x, int64_t start, int64_t count, const Rule& rule, uint8_t* out) {
+  __m512 odd[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const __m512i one = _mm512_set1_epi8(static_cast<char>(1 << rule.shift));
+  for (int64_t i = 0; i < count; i += 64) {
+    __m512 ratio[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      ratio[j] = _mm512_mul_ps(load<dtype>(x, start + i + 16 * j, 0xffff), rule.inverse);
+      odd[j % 2] = _mm512_fmadd_ps(ratio[j], _mm512_setzero_ps(), odd[j % 2]);
+    }
+    if (sign) {
+      uint64_t positive = 0;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+        positive |= uint64_t{_mm512_cmp_ps_mask(ratio[j], _mm512_setzero_ps(), _CMP_GE_OQ)} << (16 * j);
+      _mm512_storeu_si512(out + i, _mm512_maskz_mov_epi8(positive, one));
+      continue;
+    }
+    __m512i code[4];  // what is below the lowest code stays below 0 on its way to bytes
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) code[j] = _mm512_cvtps_epi32(_mm512_min_ps(ratio[j], rule.high));
+    _mm512_storeu_si512(out + i, bytes_of(code[0], code[1], code[2], code[3], rule.zero));
+  }
+  const __m512 any = _mm512_add_ps(odd[0], odd[1]);
+  return _mm512_cmp_ps_mask(any, any, _CMP_UNORD_Q) != 0;
+}
+
 // A run of values that lie together, in x and in out.
 template <Dtype dtype, bool with_beyond>
 __mmask16 quantize_run(const void* x, int64_t start, int64_t count, const Rule& rule, uint8_t* out, uint8_t* beyond) {
   __mmask16 odd = 0;
   int64_t i = 0;
-  // Packing two by two works within 128-bit lanes; this puts the lanes back in order.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  if (!with_beyond) {
+    const int64_t whole = count & ~int64_t{63};
+    const bool again = rule.sign ? quantize_blocks<dtype, true>(x, start, whole, rule, out)
+                                 : quantize_blocks<dtype, false>(x, start, whole, rule, out);
+    i = again ? 0 : whole;
+  }
   for (; i + 64 <= count; i += 64) {
     Quantized q[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) q[j] = quantize<with_beyond>(load<dtype>(x, start + i + 16 * j, 0xffff), rule, odd);
-    const __m512i ab = _mm512_packs_epi32(q[0].index, q[1].index), cd = _mm512_packs_epi32(q[2].index, q[3].index);
-    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+    _mm512_storeu_si512(out + i, bytes_of(q[0].index, q[1].index, q[2].index, q[3].index, _mm512_setzero_si512()));
     if (with_beyond) {
       const uint64_t mask = q[0].beyond | static_cast<uint64_t>(q[1].beyond) << 16 |
                             static_cast<uint64_t>(q[2].beyond) << 32 | static_cast<uint64_t>(q[3].beyond) << 48;
@@ -158,7 +202,9 @@ bool quantize_activation_avx512(const void* x, Dtype dtype, int64_t pixel_stride
     return quantize_activation_scalar(x, dtype, pixel_stride, channel_stride, pixels, channels, rule, out, out_stride,
                                       beyond);
   const Rule r{_mm512_set1_ps(rule.inverse_scale), _mm512_set1_ps(rule.low),
-               _mm512_set1_ps(static_cast<float>((1 << rule.bits) - 1)), rule.step == 2, rule.bits == 1};
+               _mm512_set1_ps(static_cast<float>((1 << rule.bits) - 1)),
+               _mm512_set1_ps(rule.low + static_cast<float>((1 << rule.bits) - 1)),
+               _mm512_set1_epi16(static_cast<int16_t>(-rule.low)), rule.step == 2, rule.bits == 1};
 #define BE_CALL(dtype, with)                                                                                          \
   quantize_all<dtype, with>(x, pixel_stride, channel_stride, pixels, channels, r, out, out_stride, beyond)
   switch (dtype) {
