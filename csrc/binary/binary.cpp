@@ -8,8 +8,7 @@
 #include "binary/boxes.h"
 #include "binary/image.h"
 #include "lookup/lookup.h"
-#include "qconv/product.h"
-#include "qconv/qconv.h"
+#include "qconv/results.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
 
@@ -178,7 +177,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   constexpr int64_t pixels = TILES_AT_ONCE * MOST_PIXELS;
   const std::unique_ptr<int32_t[]> totals(new int32_t[pixels * COLUMNS]);
   const int32_t zero_sum[COLUMNS] = {};
-  void* rows[pixels];
+  Stretch stretches[TILES_AT_ONCE];  // of the results
   Place places[TILES_AT_ONCE];
   const int64_t passes = (last_block - first_block + MOST_BLOCKS - 1) / MOST_BLOCKS;
   const int64_t lines = group > 0 ? 0 : 1 + call.upcoming_bytes / (64 * call.tiles() * passes);  // a tile
@@ -203,7 +202,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
       const bool direct = in_place && some >= tile.blocks * LANES;
-      int64_t row = 0;
+      int64_t row = 0, number = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Place& place = places[i];
         if (place.box != current) {
@@ -224,8 +223,12 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           if (i + 1 < count) fetch_results(call, places[i + 1], channel, tile.blocks * LANES);
         } else {
           tile.totals = totals.get() + row * COLUMNS;
-          for (int64_t m = 0; m < place.count; ++m)
-            rows[row++] = call.out + (place.out + m * place.out_step + channel * call.out_channel) * call.element();
+          uint8_t* const to = call.out + (place.out + channel * call.out_channel) * call.element();
+          const int64_t step = place.out_step * call.element();
+          Stretch* const last = stretches + number - 1;
+          if (number > 0 && last->step == step && to == last->out + last->count * step) last->count += place.count;
+          else stretches[number++] = {place.count, to, step, nullptr};
+          row += place.count;
         }
         if (call.lookup) {
           call.lookup->multiply(tile, *call.table, call.entries + image, panel.get());
@@ -236,8 +239,9 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       }
       tile.totals = nullptr;
       if (!direct) {
-        const Epilogue epilogue{zero_sum, tile.factor, tile.added, nullptr, 0, call.dtype, false, 0};
-        finish(totals.get(), row, std::min(some, tile.blocks * LANES), epilogue, rows, call.out_channel);
+        const Epilogue epilogue{zero_sum, tile.factor, tile.added, 0, call.dtype, false, 0};
+        const Results results{finish, epilogue, stretches, 0, some, call.out_channel};
+        results.take(totals.get(), 0, row, 0, tile.blocks * LANES);
       }
     }
   }

@@ -22,7 +22,7 @@ namespace bitorch_engine {
 
 constexpr int64_t BLOCK = 16;      // result channels whose weights lie together
 constexpr int64_t DEPTH = 64;      // products per result that lie together: k is padded to a multiple of it
-constexpr int64_t ROWS = 96;       // result pixels handled at a time: a multiple of 6 and of 16
+constexpr int64_t ROWS = 96;       // result pixels whose totals are there at a time: a multiple of 6 and of 16
 constexpr int64_t COLUMNS = 64;    // result channels handled at a time
 
 struct Tap {

@@ -9,6 +9,7 @@
 
 #include "qconv/image.h"
 #include "qconv/product.h"
+#include "qconv/results.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
 
@@ -35,39 +36,59 @@ struct Call {
   int bits;
   int64_t pairs;  // see Tile
   Epilogue epilogue;  // pointers to the first of all: zero_sum is (phases, groups * blocks * 16)
+  const float* sample_factor;  // one a sample, or null
   uint8_t* out;
   int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
   int64_t element_bytes;
 };
 
-// A run of result pixels of one phase, all samples in a row: where they read and where they write.
+// Pixels of a line: their bases are equally far apart in the image.
+struct Line {
+  int64_t base, count;
+};
+
+constexpr int64_t MOST_ROWS = 4 * ROWS;  // where totals become results at once; see Runs
+
+// Result pixels that are handled together: where they read and where they write.
+struct Places {
+  Line lines[MOST_ROWS];
+  Stretch stretches[MOST_ROWS];
+  int64_t line_count, stretch_count;
+};
+
+// The result pixels of one phase, all samples in a row.
 struct Pixels {
   const Call& call;
   const Phase& phase;
 
   int64_t count() const { return call.product.batch * phase.count[0] * phase.count[1] * phase.count[2]; }
 
-  // For pixels first .. first + n - 1: offsets of their bases in the image, of their results in out, and their samples.
-  void locate(int64_t first, int64_t n, int64_t* bases, int64_t* places, int64_t* samples) const {
+  // The places of pixels first .. first + n - 1. The first channel of the results is at `out`.
+  void locate(int64_t first, int64_t n, uint8_t* out, Places& places) const {
     const Product& p = call.product;
     const int64_t *c = phase.count, *s = p.base_step;
     int64_t x = first % c[2], rest = first / c[2];
     int64_t y = rest % c[1];
     rest /= c[1];
     int64_t z = rest % c[0], sample = rest / c[0];
-    const int64_t step = s[2] * p.pixel_bytes(), out_step = p.result_step[2] * call.out_step[2];
-    for (int64_t i = 0; i < n;) {
+    places.line_count = places.stretch_count = 0;
+    while (n > 0) {
       const int64_t line = (sample * p.padded[0] + z * s[0] + p.before[0]) * p.padded[1] + y * s[1] + p.before[1];
-      int64_t base = (line * p.padded[2] + x * s[2] + p.before[2]) * p.pixel_bytes();
-      int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
-                      (phase.first[1] + y * p.result_step[1]) * call.out_step[1] +
-                      (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
-      const int64_t end = std::min(n, i + c[2] - x);
-      for (; i < end; ++i, base += step, place += out_step) {
-        bases[i] = base;
-        places[i] = place;
-        samples[i] = sample;
-      }
+      const int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
+                            (phase.first[1] + y * p.result_step[1]) * call.out_step[1] +
+                            (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
+      const float* sample_factor = call.sample_factor ? call.sample_factor + sample : nullptr;
+      const int64_t count = std::min(n, c[2] - x);
+      places.lines[places.line_count++] = {(line * p.padded[2] + x * s[2] + p.before[2]) * p.pixel_bytes(), count};
+      const Stretch next{count, out + place * call.element_bytes,
+                         p.result_step[2] * call.out_step[2] * call.element_bytes, sample_factor};
+      Stretch* const last = places.stretches + places.stretch_count - 1;
+      if (places.stretch_count > 0 && last->out + last->count * last->step == next.out &&
+          last->sample_factor == sample_factor)
+        last->count += count;
+      else
+        places.stretches[places.stretch_count++] = next;
+      n -= count;
       x = 0;
       if (++y < c[1]) continue;
       y = 0;
@@ -113,21 +134,29 @@ struct Runs {
     const int64_t* c = phase.count;
     step = p.base_step[2] * p.pixel_bytes();
     const bool seamless = c[2] * p.base_step[2] == p.padded[2] * p.base_step[1];
-    const int64_t line = seamless ? c[2] * c[1] : c[2];
-    longest = (line + (line + LONGEST - 1) / LONGEST - 1) / ((line + LONGEST - 1) / LONGEST);
-    if (seamless && longest < LONGEST) longest = LONGEST;
-    gather = used && (reads.depth % DEPTH != 0 || longest < SHORTEST);
-    if (!used || gather) longest = LONGEST;
+    longest = equal(seamless ? c[2] * c[1] : c[2], 1);
+    gather = used && (reads.depth % DEPTH != 0 || (!seamless && longest < SHORTEST));
+    if (!used) longest = LONGEST;
+    else if (gather || seamless) longest = equal(p.batch * c[0] * c[1] * c[2], 2);
   }
 
-  // Pixels handled at a time: pairs of runs.
-  int64_t rows() const { return ROWS / (2 * longest) * (2 * longest); }
+  // The length of runs that `pixels` are cut into, as few as can be but a multiple of `unit`.
+  static int64_t equal(int64_t pixels, int64_t unit) {
+    const int64_t runs = (pixels + unit * LONGEST - 1) / (unit * LONGEST) * unit;
+    return (pixels + runs - 1) / runs;
+  }
 
-  int64_t cut(const int64_t* bases, int64_t count, uint8_t* lengths) const {
+  // Pixels handled at a time: pairs of runs. The matrix unit is busy with the next ones while some become results, but
+  // for the last.
+  int64_t rows() const { return (used && !gather ? MOST_ROWS : ROWS) / (2 * longest) * (2 * longest); }
+
+  int64_t cut(const Places& places, uint8_t* lengths) const {
     int64_t runs = 0;
-    for (int64_t i = 0, n; i < count; i += n) {
-      for (n = 1; n < longest && i + n < count && (gather || bases[i + n] - bases[i + n - 1] == step);) ++n;
-      lengths[runs++] = static_cast<uint8_t>(n);
+    for (const Line *line = places.lines, *end = line + places.line_count; line < end;) {
+      int64_t count = line->count;
+      for (++line; line < end && (gather || line->base == line[-1].base + line[-1].count * step); ++line)
+        count += line->count;
+      for (; count > 0; count -= longest) lengths[runs++] = static_cast<uint8_t>(std::min(count, longest));
     }
     return runs;
   }
@@ -153,17 +182,33 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
   const int64_t one_tap = 0;
 
   constexpr int64_t STEP = COLUMNS / BLOCK;
-  const int64_t panel_blocks = std::max(STEP, panel_bytes() / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1));
+  // Where all pixels are handled at once, nothing is gained by more blocks than they are multiplied with together.
+  const bool once = last_pixel - first_pixel <= runs.rows();
+  const int64_t most_blocks = once ? STEP : panel_bytes() / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1);
+  const int64_t panel_blocks = std::max(STEP, most_blocks);
   const bool packed = call.bits != 8;
   const auto panel = new_buffer<int8_t>(packed ? std::min(panel_blocks, last_block - first_block) * block_bytes : 0);
-  const auto gathered = new_buffer<uint8_t>(runs.gather ? ROWS * phase.depth : 0);
+  const auto gathered = new_buffer<uint8_t>(runs.gather ? runs.rows() * phase.depth : 0);
   alignas(64) int32_t totals[ROWS * COLUMNS];
-  int64_t bases[ROWS], places[ROWS], samples[ROWS];
-  const uint8_t* rows[ROWS];
-  uint8_t lengths[ROWS];
-  void* out[ROWS];
-  float sample_factor[ROWS];
-  const uint8_t* image = call.image + group * p.image_depth;
+  Places places;
+  const uint8_t* rows[MOST_ROWS];
+  uint8_t lengths[MOST_ROWS];
+  Setup setup;
+  // Of the group's first channel.
+  Results results{finish, call.epilogue, places.stretches, 0, 0, call.out_channel};
+  results.epilogue.zero_sum += (static_cast<int64_t>(phase_index) * p.groups + group) * p.blocks() * BLOCK;
+  results.epilogue.factor += group * p.result_channels;
+  if (results.epilogue.bias) results.epilogue.bias += group * p.result_channels;
+  uint8_t* const first_out = call.out + group * p.result_channels * call.out_channel * call.element_bytes;
+  const uint8_t* const image = call.image + group * p.image_depth;
+  Tile tile{rows, 0, reads.offsets.get(), reads.taps, reads.depth, nullptr, block_bytes, 0, totals, lengths, 0,
+            call.pairs, &results, &setup};
+  int64_t located = -1;
+  if (runs.gather) {
+    tile.offsets = &one_tap;
+    tile.taps = 1;
+    tile.tap_depth = phase.depth;
+  }
 
   for (int64_t b0 = first_block; b0 < last_block; b0 += panel_blocks) {
     const int64_t b1 = std::min(last_block, b0 + panel_blocks);
@@ -174,38 +219,27 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
       weights = panel.get();
     }
     for (int64_t first = first_pixel; first < last_pixel; first += runs.rows()) {
-      const int64_t count = std::min(runs.rows(), last_pixel - first);
-      pixels.locate(first, count, bases, places, samples);
-      for (int64_t i = 0; i < count; ++i) rows[i] = image + bases[i];
-      Tile tile{rows, count, reads.offsets.get(), reads.taps, reads.depth, nullptr, block_bytes, 0, totals,
-                lengths, runs.used ? runs.cut(bases, count, lengths) : 0, call.pairs};
-      if (runs.gather) {
-        for (int64_t i = 0; i < count; ++i) {
-          uint8_t* row = gathered.get() + i * phase.depth;
-          gather(rows[i], reads, row);
-          std::memset(row + reads.taps * reads.depth, 0, phase.depth - reads.taps * reads.depth);
-          rows[i] = row;
-        }
-        tile.offsets = &one_tap;
-        tile.taps = 1;
-        tile.tap_depth = phase.depth;
+      if (first != located) {
+        located = first;
+        tile.count = std::min(runs.rows(), last_pixel - first);
+        pixels.locate(first, tile.count, first_out, places);
+        if (runs.used) tile.run_count = runs.cut(places, lengths);
+        for (int64_t i = 0, row = 0; i < places.line_count; ++i)
+          for (int64_t k = 0; k < places.lines[i].count; ++k) rows[row++] = image + places.lines[i].base + k * runs.step;
+        if (runs.gather)
+          for (int64_t i = 0; i < tile.count; ++i) {
+            uint8_t* row = gathered.get() + i * phase.depth;
+            gather(rows[i], reads, row);
+            std::memset(row + reads.taps * reads.depth, 0, phase.depth - reads.taps * reads.depth);
+            rows[i] = row;
+          }
       }
-      if (call.epilogue.sample_factor)
-        for (int64_t i = 0; i < count; ++i) sample_factor[i] = call.epilogue.sample_factor[samples[i]];
       for (int64_t b = b0; b < b1; b += STEP) {
         tile.blocks = std::min(STEP, b1 - b);
         tile.weights = weights + (b - b0) * block_bytes;
+        results.first = b * BLOCK;
+        results.channels = std::min(tile.blocks * BLOCK, p.result_channels - b * BLOCK);
         multiply(tile);
-        const int64_t channel = group * p.result_channels + b * BLOCK;
-        Epilogue epilogue = call.epilogue;
-        epilogue.zero_sum += ((static_cast<int64_t>(phase_index) * p.groups + group) * p.blocks() + b) * BLOCK;
-        epilogue.factor += channel;
-        if (epilogue.bias) epilogue.bias += channel;
-        if (epilogue.sample_factor) epilogue.sample_factor = sample_factor;
-        for (int64_t i = 0; i < count; ++i)
-          out[i] = call.out + (places[i] + channel * call.out_channel) * call.element_bytes;
-        finish(totals, count, std::min(tile.blocks * BLOCK, p.result_channels - b * BLOCK), epilogue, out,
-               call.out_channel);
       }
     }
   }
@@ -258,11 +292,11 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float added = (poison ? *poison : 0.0f) + (image.odd() ? nan : 0.0f);
   const int64_t largest_weight = int64_t{1} << (a->w_bits - 1);
-  const Epilogue epilogue{zero_sums.get(), factor, bias, sample_factor, added, static_cast<Dtype>(a->out_dtype),
+  const Epilogue epilogue{zero_sums.get(), factor, bias, added, static_cast<Dtype>(a->out_dtype),
                           a->out_bytes != 0, static_cast<int>(a->out_zero)};
   const int64_t element = a->out_bytes ? 1 : a->out_dtype == FLOAT32 ? 4 : 2;
   const Call call{p, image.bytes(), weights, static_cast<int>(a->w_arranged_bits),
-                  32767 / (2 * image.largest() * largest_weight), epilogue, static_cast<uint8_t*>(out),
+                  32767 / (2 * image.largest() * largest_weight), epilogue, sample_factor, static_cast<uint8_t*>(out),
                   a->out_sample, a->out_channel, {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
   multiply_all(call, threads);
   return 0;

@@ -12,9 +12,25 @@ namespace bitorch_engine {
 // The signed code of index 0; at 1 bit the codes are -1 and +1.
 static inline int lowest_code(int bits) { return bits == 1 ? -1 : -(1 << (bits - 1)); }
 
+struct Results;
+
+// What a kernel leaves set up from tile to tile, on one thread: the shape of the matrix unit's registers, which takes as
+// long to change as they take for a thousand products of each result.
+struct Setup {
+  int64_t shape = 0;
+  void (*release)() = nullptr;  // to be called in the end, where it is set
+
+  Setup() = default;
+  Setup(const Setup&) = delete;
+  ~Setup() {
+    if (release) release();
+  }
+};
+
 // One tile of the product: `count` image pixels times `blocks` blocks of 16 result channels.
 //   totals[i][o] = sum over taps t, k < tap_depth of rows[i][offsets[t] + k] * weights[o / 16][t * tap_depth + k][o % 16]
 // where weights is as in arrange.cpp, as signed bytes, each block block_bytes long, and totals is (count, COLUMNS) int32.
+// With `results`, they are given the totals, all at once or part by part, and what is left in `totals` is of no use.
 struct Tile {
   const uint8_t* const* rows;
   int64_t count;  // at most ROWS
@@ -27,29 +43,36 @@ struct Tile {
   const uint8_t* runs;
   int64_t run_count;
   int64_t pairs;  // so many sums of two products fit 16 bits together
+  const Results* results;  // or null
+  Setup* setup;
 };
 using MultiplyFunction = void (*)(const Tile& tile);
 
 // Index values of `bits` bits, a packed stream, to signed codes. count: a multiple of 1024.
 using DecodeFunction = void (*)(const uint8_t* packed, int64_t count, int bits, int8_t* codes);
 
-// What is made of the totals of `count` result pixels and `channels` channels:
+// What is made of totals:
 //   (float(total - zero_sum[o]) * factor[o]) * sample_factor + bias[o] + poison
 struct Epilogue {
   const int32_t* zero_sum;
   const float* factor;
-  const float* bias;           // or null
-  const float* sample_factor;  // one a row, or null
+  const float* bias;  // or null
   float poison;
   // One of these: floats, or bytes clamp(rint(value) + zero).
   Dtype dtype;
   bool bytes;
   int zero;
 };
-// out[i] is where the first channel of row i goes; channel_stride in elements. Rows whose out follow each other by one
-// element (runs of pixels where channels are not last) may be written together.
-using FinishFunction = void (*)(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& epilogue,
-                                void* const* out, int64_t channel_stride);
+// Rows of totals, of one sample, whose results lie at equal distances in memory.
+struct Stretch {
+  int64_t count;
+  uint8_t* out;  // of channel 0
+  int64_t step;  // bytes from row to row; where it is one element, channels are not last
+  const float* sample_factor;  // or null
+};
+// totals: from channel `first` on, while what is in the epilogue begins with channel 0. channel_stride: in elements.
+using FinishFunction = void (*)(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels,
+                                const Epilogue& epilogue, int64_t channel_stride);
 
 // Rows of [channel][tap] bytes to rows of [tap][channel].
 using SplitFunction = void (*)(const uint8_t* rows, int64_t count, int64_t channels, int64_t taps, uint8_t* out);
@@ -57,8 +80,8 @@ using SplitFunction = void (*)(const uint8_t* rows, int64_t count, int64_t chann
 #define BE_QCONV(isa)                                                                                       \
   void multiply_##isa(const Tile& tile);                                                                    \
   void decode_##isa(const uint8_t* packed, int64_t count, int bits, int8_t* codes);                         \
-  void finish_##isa(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& epilogue,       \
-                    void* const* out, int64_t channel_stride);
+  void finish_##isa(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels,            \
+                    const Epilogue& epilogue, int64_t channel_stride);
 BE_QCONV(scalar)
 BE_QCONV(avx2)
 BE_QCONV(avx512)

@@ -2,8 +2,7 @@
 #include <cstring>
 
 #include "bits/bits.h"
-#include "qconv/product.h"
-#include "qconv/qconv.h"
+#include "qconv/results.h"
 #include "runtime/convert.h"
 
 namespace bitorch_engine {
@@ -21,6 +20,7 @@ void multiply_scalar(const Tile& tile) {
             for (int64_t j = 0; j < 4; ++j) totals[o] += pixel[k + j] * weights[4 * o + j];
       }
     }
+  if (tile.results) tile.results->take(tile.totals, 0, tile.count, 0, tile.blocks * BLOCK);
 }
 
 void decode_scalar(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
@@ -29,22 +29,23 @@ void decode_scalar(const uint8_t* packed, int64_t count, int bits, int8_t* codes
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(static_cast<uint8_t>(codes[i]) * step + low);
 }
 
-void finish_scalar(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
+void finish_scalar(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels, const Epilogue& e,
                    int64_t channel_stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t o = 0; o < channels; ++o) {
-      float value = static_cast<float>(totals[i * COLUMNS + o] - e.zero_sum[o]) * e.factor[o];
-      if (e.sample_factor) value *= e.sample_factor[i];
+  for (int64_t i = 0; i < rows.count; ++i) {
+    uint8_t* out = rows.out + i * rows.step;
+    for (int64_t o = first; o < first + channels; ++o) {
+      float value = static_cast<float>(totals[i * COLUMNS + o - first] - e.zero_sum[o]) * e.factor[o];
+      if (rows.sample_factor) value *= *rows.sample_factor;
       if (e.bias) value += e.bias[o];
       value += e.poison;
       const int64_t place = o * channel_stride;
       if (e.bytes) {
         const float byte = std::fmin(std::fmax(std::nearbyint(value) + static_cast<float>(e.zero), 0.0f), 255.0f);
-        static_cast<uint8_t*>(out[i])[place] = static_cast<uint8_t>(byte);
+        out[place] = static_cast<uint8_t>(byte);
       } else if (e.dtype == FLOAT32) {
-        static_cast<float*>(out[i])[place] = value;
+        reinterpret_cast<float*>(out)[place] = value;
       } else {
-        static_cast<uint16_t*>(out[i])[place] = e.dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+        reinterpret_cast<uint16_t*>(out)[place] = e.dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
       }
     }
   }

@@ -3,8 +3,7 @@
 #include <cstring>
 
 #include "bits/bits.h"
-#include "qconv/product.h"
-#include "qconv/qconv.h"
+#include "qconv/results.h"
 #include "runtime/transpose.h"
 
 namespace bitorch_engine {
@@ -160,17 +159,16 @@ void store(__m256 value, const Epilogue& e, uint8_t* out) {
   }
 }
 
-// Channels o .. o + 8 * NV - 1 of all rows, where channels are last.
+// Channels o .. o + 8 * NV - 1 of all rows, where channels are last; totals begins with channel o.
 template <int NV>
-void finish_rows(const int32_t* totals, int64_t count, int64_t o, const Epilogue& e, void* const* out) {
+void finish_rows(const int32_t* totals, const Stretch& rows, int64_t o, const Epilogue& e) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
   const Channels left(e, o), right(e, o + 8 * (NV - 1));
-  for (int64_t i = 0; i < count; ++i) {
-    const float* sample_factor = e.sample_factor ? e.sample_factor + i : nullptr;
-    const int32_t* row = totals + i * COLUMNS + o;
-    uint8_t* to = static_cast<uint8_t*>(out[i]) + o * element;
-    store(left.value(row, sample_factor), e, to);
-    if (NV == 2) store(right.value(row + 8, sample_factor), e, to + 8 * element);
+  uint8_t* to = rows.out + o * element;
+  for (int64_t i = 0; i < rows.count; ++i, to += rows.step) {
+    const int32_t* row = totals + i * COLUMNS;
+    store(left.value(row, rows.sample_factor), e, to);
+    if (NV == 2) store(right.value(row + 8, rows.sample_factor), e, to + 8 * element);
   }
 }
 
@@ -198,33 +196,26 @@ void transpose(__m256 (&r)[8]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
-// Channels o .. o + 7 of all rows, each channel in a plane of its own, `plane` bytes apart: eight pixels that follow
-// each other in memory are turned together.
-void finish_planes(const int32_t* totals, int64_t count, int64_t o, const Epilogue& e, void* const* out, int64_t plane,
+// Channels o .. o + 7 of all rows, each channel in a plane of its own, `plane` bytes apart: where rows follow each other
+// in memory, eight are turned together. totals begins with channel o.
+void finish_planes(const int32_t* totals, const Stretch& rows, int64_t o, const Epilogue& e, int64_t plane,
                    int64_t element) {
   const Channels channels(e, o);
-  const auto value = [&](int64_t i) {
-    return channels.value(totals + i * COLUMNS + o, e.sample_factor ? e.sample_factor + i : nullptr);
-  };
-  for (int64_t i = 0; i < count;) {
-    uint8_t* first = static_cast<uint8_t*>(out[i]);
-    int64_t run = 1;
-    while (run < 8 && i + run < count && out[i + run] == first + run * element) ++run;
-    if (run == 8) {
-      __m256 r[8];
+  const auto value = [&](int64_t i) { return channels.value(totals + i * COLUMNS, rows.sample_factor); };
+  uint8_t* to = rows.out + o * plane;
+  int64_t i = 0;
+  for (; rows.step == element && i + 8 <= rows.count; i += 8, to += 8 * element) {
+    __m256 r[8];
 #pragma GCC unroll 8
-      for (int q = 0; q < 8; ++q) r[q] = value(i + q);
-      transpose(r);
+    for (int q = 0; q < 8; ++q) r[q] = value(i + q);
+    transpose(r);
 #pragma GCC unroll 8
-      for (int c = 0; c < 8; ++c) store(r[c], e, first + (o + c) * plane);
-      i += 8;
-      continue;
-    }
-    for (int64_t end = i + run; i < end; ++i, first += element) {
-      alignas(32) uint8_t values[32];
-      store(value(i), e, values);
-      for (int64_t c = 0; c < 8; ++c) std::memcpy(first + (o + c) * plane, values + c * element, element);
-    }
+    for (int c = 0; c < 8; ++c) store(r[c], e, to + c * plane);
+  }
+  for (; i < rows.count; ++i, to += rows.step) {
+    alignas(32) uint8_t values[32];
+    store(value(i), e, values);
+    for (int64_t c = 0; c < 8; ++c) std::memcpy(to + c * plane, values + c * element, element);
   }
 }
 
@@ -237,6 +228,7 @@ void multiply_avx2(const Tile& t) {
     if (t.pairs >= 2) multiply_block(t, tiles_for(t.pairs), t.weights + b * t.block_bytes, 1, totals);
     else multiply_halves(t, t.weights + b * t.block_bytes, totals);
   }
+  if (t.results) t.results->take(t.totals, 0, t.count, 0, t.blocks * BLOCK);
 }
 
 void decode_avx2(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
@@ -254,24 +246,18 @@ void decode_avx2(const uint8_t* packed, int64_t count, int bits, int8_t* codes) 
   }
 }
 
-void finish_avx2(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
+void finish_avx2(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels, const Epilogue& e,
                  int64_t channel_stride) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2, whole = channels & ~int64_t{7};
   if (channel_stride == 1) {
     int64_t o = 0;
-    for (; o + 16 <= channels; o += 16) finish_rows<2>(totals, count, o, e, out);
-    if (o < whole) finish_rows<1>(totals, count, o, e, out);
+    for (; o + 16 <= channels; o += 16) finish_rows<2>(totals + o, rows, first + o, e);
+    if (o < whole) finish_rows<1>(totals + o, rows, first + o, e);
   } else {
-    for (int64_t o = 0; o < whole; o += 8) finish_planes(totals, count, o, e, out, channel_stride * element, element);
+    for (int64_t o = 0; o < whole; o += 8)
+      finish_planes(totals + o, rows, first + o, e, channel_stride * element, element);
   }
-  if (whole == channels) return;
-  Epilogue rest = e;
-  rest.zero_sum += whole;
-  rest.factor += whole;
-  if (e.bias) rest.bias += whole;
-  void* places[ROWS];
-  for (int64_t i = 0; i < count; ++i) places[i] = static_cast<uint8_t*>(out[i]) + whole * channel_stride * element;
-  finish_scalar(totals + whole, count, channels - whole, rest, places, channel_stride);
+  if (whole < channels) finish_scalar(totals + whole, rows, first + whole, channels - whole, e, channel_stride);
 }
 
 // Rows of up to 16 taps, 16 channels at a time. Each is read as 16 bytes, so that the last ones need a copy.

@@ -2,8 +2,7 @@
 
 #include <cstring>
 
-#include "qconv/product.h"
-#include "qconv/qconv.h"
+#include "qconv/results.h"
 
 namespace bitorch_engine {
 namespace {
@@ -49,11 +48,12 @@ constexpr TileFunction TILES[6][4] = {
     {tile<3, 1>, tile<3, 2>, tile<3, 3>, tile<3, 4>}, {tile<4, 1>, tile<4, 2>, tile<4, 3>, tile<4, 4>},
     {tile<5, 1>, tile<5, 2>, tile<5, 3>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 3>, tile<6, 4>}};
 
-__m512 value_of(const int32_t* totals, const Epilogue& e, int64_t row, int64_t o, __mmask16 mask) {
+// Of 16 channels, from o on, where totals begins.
+__m512 value_of(const int32_t* totals, const Stretch& rows, const Epilogue& e, int64_t o, __mmask16 mask) {
   const __m512i zero = _mm512_maskz_loadu_epi32(mask, e.zero_sum + o);
-  const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + row * COLUMNS + o), zero);
+  const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals), zero);
   __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_maskz_loadu_ps(mask, e.factor + o));
-  if (e.sample_factor) value = _mm512_mul_ps(value, _mm512_set1_ps(e.sample_factor[row]));
+  if (rows.sample_factor) value = _mm512_mul_ps(value, _mm512_set1_ps(*rows.sample_factor));
   if (e.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, e.bias + o));
   return _mm512_add_ps(value, _mm512_set1_ps(e.poison));
 }
@@ -91,22 +91,36 @@ void store(__m512 value, const Epilogue& e, void* out, int64_t o, __mmask16 mask
 
 // Rows of up to NV blocks of 16 channels, where channels are last: what is the same in every row stays in registers.
 template <int NV>
-void finish_rows(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out) {
+void finish_rows(const int32_t* totals, const Stretch& rows, int64_t o, int64_t channels, const Epilogue& e) {
   __m512i zero[NV];
   __m512 factor[NV], added[NV];
   const __mmask16 last = first_lanes(channels - 16 * (NV - 1));
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
     const __mmask16 mask = j == NV - 1 ? last : 0xffff;
-    zero[j] = _mm512_maskz_loadu_epi32(mask, e.zero_sum + 16 * j);
-    factor[j] = _mm512_maskz_loadu_ps(mask, e.factor + 16 * j);
+    zero[j] = _mm512_maskz_loadu_epi32(mask, e.zero_sum + o + 16 * j);
+    factor[j] = _mm512_maskz_loadu_ps(mask, e.factor + o + 16 * j);
     added[j] = _mm512_set1_ps(e.poison);
-    if (e.bias) added[j] = _mm512_add_ps(added[j], _mm512_maskz_loadu_ps(mask, e.bias + 16 * j));
+    if (e.bias) added[j] = _mm512_add_ps(added[j], _mm512_maskz_loadu_ps(mask, e.bias + o + 16 * j));
+  }
+  if (!e.bytes && e.dtype == FLOAT32 && !rows.sample_factor) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      float* to = reinterpret_cast<float*>(rows.out + i * rows.step) + o;
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(totals + i * COLUMNS + 16 * j), zero[j]);
+        const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), factor[j]), added[j]);
+        if (j == NV - 1) _mm512_mask_storeu_ps(to + 16 * j, last, value);
+        else _mm512_storeu_ps(to + 16 * j, value);
+      }
+    }
+    return;
   }
   const bool four = NV == 4 && last == 0xffff && e.bytes;
   const __m512i byte_zero = _mm512_set1_epi32(e.zero);
-  for (int64_t i = 0; i < count; ++i) {
-    const __m512 sample = _mm512_set1_ps(e.sample_factor ? e.sample_factor[i] : 1.0f);
+  const __m512 sample = _mm512_set1_ps(rows.sample_factor ? *rows.sample_factor : 1.0f);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    uint8_t* out = rows.out + i * rows.step;
     __m512 value[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
@@ -119,11 +133,11 @@ void finish_rows(const int32_t* totals, int64_t count, int64_t channels, const E
       const __m512i low = _mm512_packs_epi32(whole(value[0], byte_zero), whole(value[1 % NV], byte_zero));
       const __m512i high = _mm512_packs_epi32(whole(value[2 % NV], byte_zero), whole(value[3 % NV], byte_zero));
       const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      _mm512_storeu_si512(out[i], _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+      _mm512_storeu_si512(out + o, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
       continue;
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(value[j], e, out[i], 16 * j, j == NV - 1 ? last : 0xffff);
+    for (int j = 0; j < NV; ++j) store(value[j], e, out, o + 16 * j, j == NV - 1 ? last : 0xffff);
   }
 }
 
@@ -164,6 +178,7 @@ void transpose(__m512 (&r)[16]) {
 
 void multiply_avx512(const Tile& t) {
   for (int64_t i = 0; i < t.count; i += 6) TILES[(t.count - i < 6 ? t.count - i : 6) - 1][t.blocks - 1](t, i);
+  if (t.results) t.results->take(t.totals, 0, t.count, 0, t.blocks * BLOCK);
 }
 
 // 64 values are 8 * bits bytes. Each group of eight goes to a 64-bit lane, where every byte picks its own eight bits.
@@ -186,32 +201,32 @@ void decode_avx512(const uint8_t* packed, int64_t count, int bits, int8_t* codes
   }
 }
 
-void finish_avx512(const int32_t* totals, int64_t count, int64_t channels, const Epilogue& e, void* const* out,
+void finish_avx512(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels, const Epilogue& e,
                    int64_t channel_stride) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
   if (channel_stride == 1) {
-    using Rows = void (*)(const int32_t*, int64_t, int64_t, const Epilogue&, void* const*);
+    using Rows = void (*)(const int32_t*, const Stretch&, int64_t, int64_t, const Epilogue&);
     constexpr Rows ROWS_OF[4] = {finish_rows<1>, finish_rows<2>, finish_rows<3>, finish_rows<4>};
-    return ROWS_OF[(channels - 1) / 16](totals, count, channels, e, out);
+    return ROWS_OF[(channels - 1) / 16](totals, rows, first, channels, e);
   }
-  for (int64_t o = 0; o < channels; o += 16) {
-    const int64_t some = channels - o < 16 ? channels - o : 16;
-    for (int64_t i = 0, run; i < count; i += run) {
-      // A run of result pixels that follow each other in memory.
-      uint8_t* first = static_cast<uint8_t*>(out[i]);
-      for (run = 1; run < 16 && i + run < count && out[i + run] == first + run * element;) ++run;
+  for (int64_t o = first; o < first + channels; o += 16, totals += 16) {
+    const int64_t some = first + channels - o < 16 ? first + channels - o : 16;
+    const int64_t together = rows.step == element ? 16 : 1;  // rows that follow each other in memory
+    for (int64_t i = 0; i < rows.count; i += together) {
+      uint8_t* to = rows.out + i * rows.step;
+      const int64_t run = rows.count - i < together ? rows.count - i : together;
       if (run == 1) {
         alignas(64) uint8_t values[64];
-        store(value_of(totals, e, i, o, first_lanes(some)), e, values, 0, 0xffff);
+        store(value_of(totals + i * COLUMNS, rows, e, o, first_lanes(some)), e, values, 0, 0xffff);
         for (int64_t c = 0; c < some; ++c)
-          std::memcpy(first + (o + c) * channel_stride * element, values + c * element, element);
+          std::memcpy(to + (o + c) * channel_stride * element, values + c * element, element);
         continue;
       }
       __m512 r[16];
       for (int64_t q = 0; q < 16; ++q)
-        r[q] = q < run ? value_of(totals, e, i + q, o, first_lanes(some)) : _mm512_setzero_ps();
+        r[q] = q < run ? value_of(totals + (i + q) * COLUMNS, rows, e, o, first_lanes(some)) : _mm512_setzero_ps();
       transpose(r);
-      for (int64_t c = 0; c < some; ++c) store(r[c], e, first, (o + c) * channel_stride, first_lanes(run));
+      for (int64_t c = 0; c < some; ++c) store(r[c], e, to, (o + c) * channel_stride, first_lanes(run));
     }
   }
 }

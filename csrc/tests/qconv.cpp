@@ -1,7 +1,7 @@
 #include "qconv/qconv.h"
 
 #include "agreement.h"
-#include "qconv/product.h"
+#include "qconv/results.h"
 
 namespace bitorch_engine {
 namespace {
@@ -24,30 +24,46 @@ Written multiply(MultiplyFunction kernel, Random& random) {
   std::vector<int8_t> weights(blocks * block_bytes);
   for (int8_t& weight : weights) weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
   std::vector<int32_t> totals(ROWS * COLUMNS);
-  kernel({rows.data(), count, offsets.data(), taps, depth, weights.data(), block_bytes, blocks, totals.data(),
-          runs.data(), static_cast<int64_t>(runs.size()), 32767 / (2 * largest * largest_weight)});
-  return Written().add(totals);
+  Setup setup;
+  Tile tile{rows.data(), count, offsets.data(), taps, depth, weights.data(), block_bytes, blocks, totals.data(),
+            runs.data(), static_cast<int64_t>(runs.size()), 32767 / (2 * largest * largest_weight), nullptr, &setup};
+  if (random.flip()) {
+    kernel(tile);
+    return Written().add(totals);
+  }
+  const int64_t first = random.between(0, 9), all = first + blocks * BLOCK;
+  const std::vector<int32_t> zero_sum(all, 7);
+  const std::vector<float> factor = random.numbers(all, 1), sample_factor = random.numbers(count, 1);
+  std::vector<float> results(count * all);
+  std::vector<Stretch> stretches;
+  const int64_t pixel = all * static_cast<int64_t>(sizeof(float));
+  for (int64_t i = 0; i < count; i += stretches.back().count)
+    stretches.push_back({random.between(1, count - i), reinterpret_cast<uint8_t*>(results.data() + i * all), pixel,
+                         sample_factor.data() + i});
+  const Results taken{finish_scalar, {zero_sum.data(), factor.data(), nullptr, 0, FLOAT32, false, 0}, stretches.data(),
+                      first, blocks * BLOCK - random.between(0, BLOCK - 1), 1};
+  tile.results = &taken;
+  kernel(tile);
+  return Written().add(results);
 }
 
 Written finish(FinishFunction kernel, Random& random) {
-  const int64_t count = random.between(1, ROWS), channels = random.between(1, COLUMNS);
-  std::vector<int32_t> totals(ROWS * COLUMNS), zero_sum(COLUMNS);
+  const int64_t count = random.between(1, ROWS), first = random.between(0, 99), channels = random.between(1, COLUMNS);
+  std::vector<int32_t> totals(ROWS * COLUMNS), zero_sum(first + COLUMNS);
   for (int32_t& total : totals) total = static_cast<int32_t>(random.between(-100000, 100000));
   for (int32_t& sum : zero_sum) sum = static_cast<int32_t>(random.between(-1000, 1000));
-  const std::vector<float> factor = random.numbers(COLUMNS, 0.01f), bias = random.numbers(COLUMNS, 9);
-  const std::vector<float> sample_factor = random.numbers(ROWS, 1);
-  Epilogue e{zero_sum.data(), factor.data(), random.flip() ? bias.data() : nullptr,
-             random.flip() ? sample_factor.data() : nullptr, 0.0f, static_cast<Dtype>(random.between(0, 2)),
-             random.flip(), static_cast<int>(random.between(0, 255))};
+  const std::vector<float> factor = random.numbers(first + COLUMNS, 0.01f), bias = random.numbers(first + COLUMNS, 9);
+  const std::vector<float> sample_factor = random.numbers(1, 1);
+  Epilogue e{zero_sum.data(), factor.data(), random.flip() ? bias.data() : nullptr, 0.0f,
+             static_cast<Dtype>(random.between(0, 2)), random.flip(), static_cast<int>(random.between(0, 255))};
   if (random.between(0, 9) == 0) e.poison = std::numeric_limits<float>::quiet_NaN();
-  // Channels last, or planes in which a run of pixels ends now and then.
+  // Channels last, or planes in which pixels follow each other or not.
   const bool last = random.flip();
-  const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2, plane = 2 * ROWS;
-  std::vector<uint8_t> memory((last ? count * channels : channels * plane) * element);
-  std::vector<void*> out;
-  for (int64_t i = 0, at = 0; i < count; ++i, at += last ? channels : random.between(0, 9) ? 1 : 2)
-    out.push_back(memory.data() + at * element);
-  kernel(totals.data(), count, channels, e, out.data(), last ? 1 : plane);
+  const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2, plane = 2 * ROWS, all = first + channels;
+  std::vector<uint8_t> memory((last ? count * all : all * plane) * element);
+  const int64_t step = last ? all : random.between(1, 2);
+  const Stretch rows{count, memory.data(), step * element, random.flip() ? sample_factor.data() : nullptr};
+  kernel(totals.data(), rows, first, channels, e, last ? 1 : plane);
   return Written().add(memory);
 }
 
