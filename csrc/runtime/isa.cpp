@@ -78,8 +78,6 @@ using namespace bitorch_engine;
 
 BE_EXPORT int be_best_isa() { return best_isa(); }
 
-BE_EXPORT int be_current_isa() { return current_isa(); }
-
 // Returns 0, or -1 where this processor does not have it.
 BE_EXPORT int be_cap_isa(int isa) {
   const bool known = isa == SCALAR || (isa > SCALAR && isa <= best_isa() && (isa == NEON) == (best_isa() == NEON));

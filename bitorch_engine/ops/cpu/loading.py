@@ -64,7 +64,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """csrc/quantize/quantize.h's numbers of the float types that kernels read and write."""
 
 _best = function("be_best_isa", result=INT)
-_current = function("be_current_isa", result=INT)
+_isa = "" if LIBRARY is None else ISAS[_best()]
 _cap = function("be_cap_isa", INT, result=INT)
 _count = function("be_kernel_count", result=INT)
 _name = function("be_kernel_name", INT, result=ctypes.c_char_p)
@@ -81,18 +81,18 @@ def available_isas() -> list[str]:
 
 def current_isa() -> str:
     """The best instruction set that is used now. Only where the kernels are loaded."""
-    return ISAS[_current()]
+    return _isa
 
 
 @contextlib.contextmanager
 def cap_isa(isa: str) -> Iterator[None]:
     """Use no instruction set above that one. For tests and benchmarks; holds for the whole process."""
-    before = _current()
+    before = current_isa()
     _set_cap(isa)
     try:
         yield
     finally:
-        _cap(before)
+        _set_cap(before)
 
 
 def kernels() -> dict[str, list[str]]:
@@ -110,6 +110,8 @@ def _set_cap(isa: str) -> None:
     if isa not in available_isas():
         raise RuntimeError(f"the instruction set must be one of {', '.join(available_isas())}, got {isa!r}.")
     _cap(ISAS.index(isa))
+    global _isa
+    _isa = isa
 
 
 if LIBRARY is not None and (_wanted := os.environ.get("BITORCH_ENGINE_CPU")):
