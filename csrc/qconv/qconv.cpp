@@ -42,7 +42,7 @@ struct Call {
   int64_t element_bytes;
 };
 
-// Pixels of a line: their bases are equally far apart in the image.
+// Pixels whose bases are equally far apart in the image.
 struct Line {
   int64_t base, count;
 };
@@ -64,7 +64,8 @@ struct Pixels {
   int64_t count() const { return call.product.batch * phase.count[0] * phase.count[1] * phase.count[2]; }
 
   // The places of pixels first .. first + n - 1. The first channel of the results is at `out`.
-  void locate(int64_t first, int64_t n, uint8_t* out, Places& places) const {
+  // gap: 0, or so many pixels after each line, which have no results, are taken along: the lines of a plane are one then.
+  void locate(int64_t first, int64_t n, int64_t gap, uint8_t* out, Places& places) const {
     const Product& p = call.product;
     const int64_t *c = phase.count, *s = p.base_step;
     int64_t x = first % c[2], rest = first / c[2];
@@ -72,6 +73,7 @@ struct Pixels {
     rest /= c[1];
     int64_t z = rest % c[0], sample = rest / c[0];
     places.line_count = places.stretch_count = 0;
+    bool joined = false;
     while (n > 0) {
       const int64_t line = (sample * p.padded[0] + z * s[0] + p.before[0]) * p.padded[1] + y * s[1] + p.before[1];
       const int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
@@ -79,7 +81,12 @@ struct Pixels {
                             (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
       const float* sample_factor = call.sample_factor ? call.sample_factor + sample : nullptr;
       const int64_t count = std::min(n, c[2] - x);
-      places.lines[places.line_count++] = {(line * p.padded[2] + x * s[2] + p.before[2]) * p.pixel_bytes(), count};
+      if (joined) {
+        places.lines[places.line_count - 1].count += gap + count;
+        places.stretches[places.stretch_count++] = {gap, nullptr, 0, nullptr};
+      } else {
+        places.lines[places.line_count++] = {(line * p.padded[2] + x * s[2] + p.before[2]) * p.pixel_bytes(), count};
+      }
       const Stretch next{count, out + place * call.element_bytes,
                          p.result_step[2] * call.out_step[2] * call.element_bytes, sample_factor};
       Stretch* const last = places.stretches + places.stretch_count - 1;
@@ -90,6 +97,7 @@ struct Pixels {
         places.stretches[places.stretch_count++] = next;
       n -= count;
       x = 0;
+      joined = gap > 0 && y + 1 < c[1];
       if (++y < c[1]) continue;
       y = 0;
       if (++z < c[0]) continue;
@@ -124,20 +132,31 @@ struct Reads {
 
 // How the matrix unit reads pixels: 64 bytes each of up to 16 that are equally far apart. A tile of fewer rows takes
 // almost as much less time: a line of pixels is cut into equal runs. Where lines are so short that most of a tile would
-// be empty, or the depth is not whole, the bytes that a pixel reads are gathered into one row first.
+// be empty, the padding between two of them is multiplied too, and lines are joined: seven pixels by two, which is less
+// work than to gather, and reads the image from the L1 cache. Where padding is more than a quarter, or the depth is not
+// whole, the bytes that a pixel reads are gathered into one row first.
 struct Runs {
   static constexpr int64_t LONGEST = 16, SHORTEST = 11;
-  bool used, gather;
-  int64_t longest, step;
+  bool used, gather = false;
+  int64_t longest = LONGEST, step;
+  int64_t gap = 0;      // see Pixels::locate
+  int64_t rows = ROWS;  // pixels handled at a time
 
   Runs(const Product& p, const Phase& phase, const Reads& reads) : used(current_isa() == AMX) {
     const int64_t* c = phase.count;
+    const int64_t lines_apart = p.padded[2] * p.base_step[1], width = lines_apart / p.base_step[2];  // of a line, in steps
     step = p.base_step[2] * p.pixel_bytes();
-    const bool seamless = c[2] * p.base_step[2] == p.padded[2] * p.base_step[1];
-    longest = equal(seamless ? c[2] * c[1] : c[2], 1);
-    gather = used && (reads.depth % DEPTH != 0 || (!seamless && longest < SHORTEST));
-    if (!used) longest = LONGEST;
-    else if (gather || seamless) longest = equal(p.batch * c[0] * c[1] * c[2], 2);
+    if (!used) return;
+    const bool even = width * p.base_step[2] == lines_apart, seamless = even && width == c[2];
+    const bool is_short = !seamless && equal(c[2], 1) < SHORTEST;
+    const bool dense = even && c[1] > 1 && 4 * c[2] >= 3 * width;
+    gather = reads.depth % DEPTH != 0 || (is_short && !dense);
+    if (is_short && !gather) gap = width - c[2];
+    if (gather || seamless) longest = equal(p.batch * c[0] * c[1] * c[2], 2);
+    else longest = gap > 0 ? equal(c[1] * width - gap, 2) : equal(c[2], 1);
+    // Pairs of runs. The matrix unit is busy with the next ones while some become results, but for the last.
+    rows = (gather ? ROWS : MOST_ROWS) / (2 * longest) * (2 * longest);
+    if (gap > 0) rows = (MOST_ROWS / width - 2) * c[2];
   }
 
   // The length of runs that `pixels` are cut into, as few as can be but a multiple of `unit`.
@@ -145,10 +164,6 @@ struct Runs {
     const int64_t runs = (pixels + unit * LONGEST - 1) / (unit * LONGEST) * unit;
     return (pixels + runs - 1) / runs;
   }
-
-  // Pixels handled at a time: pairs of runs. The matrix unit is busy with the next ones while some become results, but
-  // for the last.
-  int64_t rows() const { return (used && !gather ? MOST_ROWS : ROWS) / (2 * longest) * (2 * longest); }
 
   int64_t cut(const Places& places, uint8_t* lengths) const {
     int64_t runs = 0;
@@ -183,12 +198,12 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
 
   constexpr int64_t STEP = COLUMNS / BLOCK;
   // Where all pixels are handled at once, nothing is gained by more blocks than they are multiplied with together.
-  const bool once = last_pixel - first_pixel <= runs.rows();
+  const bool once = last_pixel - first_pixel <= runs.rows;
   const int64_t most_blocks = once ? STEP : panel_bytes() / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1);
   const int64_t panel_blocks = std::max(STEP, most_blocks);
   const bool packed = call.bits != 8;
   const auto panel = new_buffer<int8_t>(packed ? std::min(panel_blocks, last_block - first_block) * block_bytes : 0);
-  const auto gathered = new_buffer<uint8_t>(runs.gather ? runs.rows() * phase.depth : 0);
+  const auto gathered = new_buffer<uint8_t>(runs.gather ? runs.rows * phase.depth : 0);
   alignas(64) int32_t totals[ROWS * COLUMNS];
   Places places;
   const uint8_t* rows[MOST_ROWS];
@@ -218,11 +233,11 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
       decode(call.weights + start / 8 * call.bits, (b1 - b0) * block_bytes, call.bits, panel.get());
       weights = panel.get();
     }
-    for (int64_t first = first_pixel; first < last_pixel; first += runs.rows()) {
+    for (int64_t first = first_pixel; first < last_pixel; first += runs.rows) {
       if (first != located) {
         located = first;
-        tile.count = std::min(runs.rows(), last_pixel - first);
-        pixels.locate(first, tile.count, first_out, places);
+        tile.count = std::min(runs.rows, last_pixel - first);
+        pixels.locate(first, tile.count, runs.gap, first_out, places);
         if (runs.used) tile.run_count = runs.cut(places, lengths);
         for (int64_t i = 0, row = 0; i < places.line_count; ++i)
           for (int64_t k = 0; k < places.lines[i].count; ++k) rows[row++] = image + places.lines[i].base + k * runs.step;

@@ -66,7 +66,7 @@ struct Epilogue {
 // Rows of totals, of one sample, whose results lie at equal distances in memory.
 struct Stretch {
   int64_t count;
-  uint8_t* out;  // of channel 0
+  uint8_t* out;  // of channel 0; null: they have no results, and step is 0
   int64_t step;  // bytes from row to row; where it is one element, channels are not last
   const float* sample_factor;  // or null
 };

@@ -59,6 +59,8 @@ CASES = {
     "3x3": Case((2, 64, 9, 10), (40, 64, 3, 3), padding=(1,)),
     "3x3-of-a-wide-row": Case((1, 64, 5, 41), (64, 64, 3, 3), padding=(1,)),
     "3x3-of-128-channels-strided": Case((1, 128, 13, 14), (80, 128, 3, 3), stride=(2,), padding=(1,)),
+    "3x3-of-short-lines": Case((3, 64, 7, 7), (70, 64, 3, 3), padding=(1,)),
+    "3x3-of-many-short-lines": Case((2, 64, 41, 9), (24, 64, 3, 3), padding=(1,)),
     "1x1": Case((2, 128, 5, 7), (130, 128, 1, 1)),
     "1x1-strided": Case((2, 12, 7, 8), (17, 12, 1, 1), stride=(2,)),
     "7x7-of-rgb": Case((1, 3, 23, 21), (20, 3, 7, 7), stride=(2,), padding=(3,)),
