@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format, unpack
-from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
+from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last, new_output
 
 
 class Convolution(NamedTuple):
@@ -54,7 +54,8 @@ class Convolution(NamedTuple):
         if not self.stride:
             return grad.T @ x
         x = F.pad(x, self.pad) if self.pad else x
-        weight = grad.new_empty(1).expand(shape)  # only its shape is used
+        # Only its shape and order are used. Expanded from one number it has no order, and oneDNN takes up to twice as long.
+        weight = new_output(grad, shape, grad.dtype, is_channels_last(x))
         return self._backward(grad, x, weight, [False, True, False])[1]
 
     def output_shape(self, shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
