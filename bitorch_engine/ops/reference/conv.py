@@ -54,7 +54,8 @@ class Convolution(NamedTuple):
         if not self.stride:
             return grad.T @ x
         x = F.pad(x, self.pad) if self.pad else x
-        # Only its shape and order are used. Expanded from one number it has no order, and oneDNN takes up to twice as long.
+        # Only its shape and order are used. Expanded from one number it has no order, and oneDNN takes up to twice as
+        # long.
         weight = new_output(grad, shape, grad.dtype, is_channels_last(x))
         return self._backward(grad, x, weight, [False, True, False])[1]
 
