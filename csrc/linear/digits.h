@@ -23,38 +23,35 @@ inline float largest_size(const float* x, int64_t count) {
   return value;
 }
 
-inline uint32_t exponent_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits >> 23 & 255;
-}
-
 // Whether half of the values that are not 0 lie within the four upper powers of two: above a sixteenth of the largest.
 inline bool is_even(const float* x, int64_t count, float largest) {
-  uint16_t counts[4][256] = {};  // by exponent; in turns, so that no addition waits for the one before
-  for (int64_t k = 0; k < count; k += 4)
-    for (int64_t i = 0; i < 4; ++i) ++counts[i][exponent_of(x[k + i])];
-  const int top = static_cast<int>(exponent_of(largest));
-  int values = static_cast<int>(count), upper = 0;
-  for (int i = 0; i < 4; ++i) {
-    values -= counts[i][0];
-    for (int exponent = top; exponent > 0 && exponent > top - 4; --exponent) upper += counts[i][exponent];
+  constexpr uint32_t ONE = 1 << 23;  // least bits of a number that is not tiny
+  uint32_t top;
+  std::memcpy(&top, &largest, 4);
+  const uint32_t exponent = top / ONE, bound = exponent > 4 ? (exponent - 3) * ONE : ONE;
+  int values = 0, upper = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    uint32_t size;
+    std::memcpy(&size, x + k, 4);
+    size &= 0x7fffffff;
+    values += size >= ONE;
+    upper += size >= bound;
   }
   return 2 * upper >= values;
 }
 
-template <int64_t WIDTH>
-bool split_digits(const float* x, int bits, const Digits& to) {
-  const int64_t per_byte = 8 / bits, vector = per_byte * WIDTH;
+template <int64_t WIDTH, int64_t PER_BYTE>
+bool split_digits_of(const float* x, const Digits& to) {
+  constexpr int64_t VECTOR = PER_BYTE * WIDTH;
   int8_t* out = to.digits;
   int32_t* corrections = to.corrections;
   float* scales = to.scales;
   float padded[GROUP];
-  int32_t q[GROUP];
+  alignas(64) int8_t digits[3][GROUP];
   for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 48, scales += 3) {
     const float* values = x + first;
     // Of the last group, so many vectors as it has columns for.
-    const int64_t left = to.columns - first, count = left < GROUP ? (left + vector - 1) / vector * vector : GROUP;
+    const int64_t left = to.columns - first, count = left < GROUP ? (left + VECTOR - 1) / VECTOR * VECTOR : GROUP;
     if (left < count) {
       std::memcpy(padded, values, left * sizeof(float));
       std::memset(padded + left, 0, (count - left) * sizeof(float));
@@ -67,25 +64,35 @@ bool split_digits(const float* x, int bits, const Digits& to) {
     scales[0] = scale;
     scales[1] = scale * 256;
     scales[2] = scale * 65536;
+    int32_t low_sum = 0, middle_sum = 0, high_sum = 0;
     for (int64_t k = 0; k < count; ++k) {
       const float rounded = std::nearbyint(values[k] * inverse);
-      q[k] = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
+      const int32_t q = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
+      const int32_t above = (q + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
+      const int32_t middle = above - high * 256, low = q - above * 256;
+      digits[0][k] = static_cast<int8_t>(low);
+      digits[1][k] = static_cast<int8_t>(middle);
+      digits[2][k] = static_cast<int8_t>(high);
+      low_sum += low;
+      middle_sum += middle;
+      high_sum += high;
     }
-    int32_t sums[48] = {};
-    for (int64_t v = 0; v < count / vector; ++v)
-      for (int64_t j = 0; j < per_byte; ++j, out += 3 * WIDTH)
-        for (int64_t i = 0; i < WIDTH; ++i) {
-          const int32_t value = q[(v * WIDTH + i) * per_byte + j];
-          const int32_t above = (value + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
-          const int32_t all[3] = {value - above * 256, above - high * 256, high};
-          for (int d = 0; d < 3; ++d) {
-            out[d * WIDTH + i] = static_cast<int8_t>(all[d]);
-            sums[16 * d + i / 4] += all[d];
-          }
-        }
-    for (int i = 0; i < 48; ++i) corrections[i] = sums[i] * lowest_code(bits);
+    const int32_t lowest = lowest_code(8 / PER_BYTE);
+    std::memset(corrections, 0, 48 * sizeof(int32_t));
+    corrections[0] = low_sum * lowest;
+    corrections[16] = middle_sum * lowest;
+    corrections[32] = high_sum * lowest;
+    for (int64_t byte = 0; byte < count / PER_BYTE; byte += WIDTH)
+      for (int64_t j = 0; j < PER_BYTE; ++j)
+        for (int d = 0; d < 3; ++d, out += WIDTH)
+          for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][(byte + i) * PER_BYTE + j];
   }
   return true;
+}
+
+template <int64_t WIDTH>
+bool split_digits(const float* x, int bits, const Digits& to) {
+  return (bits == 1 ? split_digits_of<WIDTH, 8> : bits == 2 ? split_digits_of<WIDTH, 4> : split_digits_of<WIDTH, 2>)(x, to);
 }
 
 }  // namespace

@@ -17,7 +17,6 @@ const Kernel<DotFunction> dot_kernel{"linear.dot", {dot_scalar, nullptr, BE_X86(
 namespace {
 
 constexpr int64_t WEIGHTS = 1 << 16;  // that a thread takes at least
-constexpr int64_t AT_ONCE = 16;       // channels: all rows of x are multiplied with them while they are near
 
 // Rows of activations as digits, one after the other.
 struct DigitRows {
@@ -39,6 +38,78 @@ struct DigitRows {
   }
 };
 
+struct Weights {
+  const uint8_t* packed;       // `channels` rows of `columns` codes, each of whole bytes
+  const float *scale, *bias;   // one a channel; bias: or null
+  int64_t channels, columns;
+  int bits;
+
+  int64_t row_bytes() const { return columns * bits / 8; }
+  const uint8_t* row(int64_t channel) const { return packed + channel * row_bytes(); }
+  void put(float sum, int64_t channel, float* out) const {
+    const float value = sum * scale[channel];
+    out[channel] = bias ? value + bias[channel] : value;
+  }
+};
+
+// Channels first .. last - 1 of all rows of activations in `x`, row r to out[r].
+void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const std::vector<float*>& out, int64_t first,
+                     int64_t last) {
+  const auto dot = dot_digits_kernel.pick();
+  const int64_t rows = static_cast<int64_t>(x.size());
+  // With AVX-512 channels come from four parts in turn: those processors fetch four streams faster than one. Others that
+  // were measured do not.
+  const int64_t parts = current_isa() < AVX512 ? 1 : CHANNELS, part = (last - first + parts - 1) / parts;
+  const int64_t deep = (rows == 1 ? CHANNELS : MOST_CHANNELS) / parts;  // of each part at a time
+  float sums[MOST_ROWS * MOST_CHANNELS];
+  for (int64_t from = 0; from < part; from += deep) {
+    const int64_t count = (parts * std::min(deep, part - from) + CHANNELS - 1) / CHANNELS * CHANNELS;
+    const uint8_t* packed[MOST_CHANNELS];
+    int64_t channel[MOST_CHANNELS];
+    for (int64_t i = 0; i < count; ++i) {
+      channel[i] = first + i % parts * part + from + i / parts;
+      packed[i] = weights.row(std::min(channel[i], last - 1));
+    }
+    for (int64_t r = 0; r < rows; r += MOST_ROWS) {
+      const int64_t some = std::min(MOST_ROWS, rows - r);
+      dot(packed, count, weights.row_bytes(), weights.bits, x.data() + r, some, sums);
+      for (int64_t k = 0; k < some; ++k)
+        for (int64_t i = 0; i < count; ++i)
+          if (channel[i] < last) weights.put(sums[k * count + i], channel[i], out[r + k]);
+    }
+  }
+}
+
+// x: (rows, columns).  out: (rows, channels).  left: as of be_linear_digits, or null: then all rows are multiplied.
+int64_t multiply(const Weights& weights, const float* x, int64_t rows, float* out, uint8_t* left, int threads) {
+  const bool whole = has_whole_values(weights.bits);
+  const DigitRows digits(whole ? rows : 0, weights.columns);
+  std::vector<Digits> exact;
+  std::vector<float*> exact_out;
+  std::vector<int64_t> others;
+  const auto split = split_digits_kernel.pick();
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool is_exact = whole && split(x + r * weights.columns, weights.bits, digits.row(r));
+    if (is_exact) {
+      exact.push_back(digits.row(r));
+      exact_out.push_back(out + r * weights.channels);
+    } else {
+      others.push_back(r);
+    }
+    if (left) left[r] = !is_exact;
+  }
+  const auto dot = dot_kernel.pick();
+  parallel_for(weights.channels, 1 + WEIGHTS / (weights.columns + 1), threads, [&](int64_t first, int64_t last) {
+    if (!exact.empty()) multiply_digits(weights, exact, exact_out, first, last);
+    for (int64_t c = first; c < last && !left; ++c)
+      for (const int64_t r : others) {
+        const float sum = dot(weights.row(c), x + r * weights.columns, weights.columns, weights.bits);
+        weights.put(sum, c, out + r * weights.channels);
+      }
+  });
+  return static_cast<int64_t>(others.size());
+}
+
 }  // namespace
 }  // namespace bitorch_engine
 
@@ -48,28 +119,15 @@ using namespace bitorch_engine;
 // out: (rows, channels).
 BE_EXPORT void be_linear(const float* x, int64_t rows, const uint8_t* packed, const float* scale, const float* bias,
                          int64_t channels, int64_t columns, int bits, float* out, int threads) {
-  const int64_t row_bytes = columns * bits / 8, grain = (1 + WEIGHTS / (columns + 1) + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-  const DigitRows digits(has_whole_values(bits) ? rows : 0, columns);
-  std::vector<bool> exact(rows);
-  const auto split = split_digits_kernel.pick();
-  for (int64_t r = 0; r < rows; ++r) exact[r] = has_whole_values(bits) && split(x + r * columns, bits, digits.row(r));
-  const auto dot_digits = dot_digits_kernel.pick();
-  const auto dot = dot_kernel.pick();
-  parallel_for(channels, grain, threads, [&](int64_t first, int64_t last) {
-    float sums[AT_ONCE];
-    for (int64_t c = first; c < last; c += AT_ONCE) {
-      const int64_t some = std::min(AT_ONCE, last - c);
-      const uint8_t* weights = packed + c * row_bytes;
-      for (int64_t r = 0; r < rows; ++r) {
-        if (exact[r]) dot_digits(weights, row_bytes, some, bits, digits.row(r), sums);
-        for (int64_t i = 0; i < some; ++i) {
-          if (!exact[r]) sums[i] = dot(weights + i * row_bytes, x + r * columns, columns, bits);
-          const float value = sums[i] * scale[c + i];
-          out[r * channels + c + i] = bias ? value + bias[c + i] : value;
-        }
-      }
-    }
-  });
+  multiply({packed, scale, bias, channels, columns, bits}, x, rows, out, nullptr, threads);
+}
+
+// The same for rows whose activations are digits. left: one byte a row, 1 for those that are not, which out is left without.
+// Returns how many these are.
+BE_EXPORT int64_t be_linear_digits(const float* x, int64_t rows, const uint8_t* packed, const float* scale,
+                                   const float* bias, int64_t channels, int64_t columns, int bits, float* out,
+                                   uint8_t* left, int threads) {
+  return multiply({packed, scale, bias, channels, columns, bits}, x, rows, out, left, threads);
 }
 
 // All that a call of be_linear reads but x; ops/cpu/linear.py has the same fields.

@@ -26,7 +26,7 @@ static inline bool has_whole_values(int bits) { return bits == 1 || bits == 2 ||
 // One row of activations, as a kernel with vectors of `width` bytes reads it. Of every group:
 //   digits       [vector of `width` packed bytes][position of a value in its byte][low, middle, high][width]
 //                of the last group only those vectors that have columns
-//   corrections  [low, middle, high][16]: the lowest code times the sum of the digits that a 32-bit lane adds
+//   corrections  [low, middle, high][16]: the lowest code times the sum of the digits, in the first lane
 //   scales       s, s * 256, s * 65536
 struct Digits {
   int8_t* digits;
@@ -40,17 +40,21 @@ struct Digits {
 // 2**-24 of it, which is about half of what float32 sums of some hundred products are off.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
-// sums[r] = sum over k of code[r][k] * x[k] for `count` rows, which are row_bytes apart.
-using DotDigitsFunction = void (*)(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits,
-                                   const Digits& x, float* sums);
+constexpr int CHANNELS = 4;       // rows of weights that are multiplied at a time
+
+// sums[r * channels + c] = sum over k of code[c][k] * x[r][k] for so many rows of codes, a multiple of CHANNELS, and so many
+// of activations; at most MOST_CHANNELS and MOST_ROWS.
+constexpr int64_t MOST_CHANNELS = 32, MOST_ROWS = 8;
+using DotDigitsFunction = void (*)(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits,
+                                   const Digits* x, int64_t rows, float* sums);
 
 // sum over k of code[k] * x[k], where the codes are a packed stream of `bits` bits each; count a multiple of 8.
 using DotFunction = float (*)(const uint8_t* packed, const float* x, int64_t count, int bits);
 
 #define BE_LINEAR(isa)                                                                                         \
   bool split_digits_##isa(const float* x, int bits, const Digits& to);                                         \
-  void dot_digits_##isa(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits, const Digits& x,    \
-                        float* sums);                                                                          \
+  void dot_digits_##isa(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits,           \
+                        const Digits* x, int64_t rows, float* sums);                                           \
   float dot_##isa(const uint8_t* packed, const float* x, int64_t count, int bits);
 BE_LINEAR(scalar)
 BE_LINEAR(avx2)

@@ -12,27 +12,27 @@ constexpr int64_t WIDTH = 32;
 
 bool split_digits_scalar(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
 
-void dot_digits_scalar(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits, const Digits& x,
-                       float* sums) {
+void dot_digits_scalar(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
+                       int64_t rows, float* sums) {
   const int64_t per_byte = 8 / bits, group_bytes = GROUP / per_byte;
   const int step = bits == 1 ? 2 : 1, mask = (1 << bits) - 1;
-  for (int64_t r = 0; r < count; ++r) {
-    const uint8_t* row = packed + r * row_bytes;
-    const int8_t* digits = x.digits;
-    float sum = 0;
-    for (int64_t g = 0; g * GROUP < x.columns; ++g) {
-      int32_t totals[3] = {};
-      for (int d = 0; d < 3; ++d)
-        for (int lane = 0; lane < 16; ++lane) totals[d] += x.corrections[48 * g + 16 * d + lane];
-      for (int64_t start = g * group_bytes; start < (g + 1) * group_bytes; start += WIDTH)
-        for (int64_t j = 0; j < per_byte; ++j, digits += 3 * WIDTH)
-          for (int64_t i = 0; i < WIDTH && start + i < row_bytes; ++i)
-            for (int d = 0; d < 3; ++d)
-              totals[d] += (row[start + i] >> (j * bits) & mask) * step * digits[d * WIDTH + i];
-      for (int d = 0; d < 3; ++d) sum += static_cast<float>(totals[d]) * x.scales[3 * g + d];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; ++c) {
+      const int8_t* digits = x[r].digits;
+      float sum = 0;
+      for (int64_t g = 0; g * GROUP < x[r].columns; ++g) {
+        int32_t totals[3] = {};
+        for (int d = 0; d < 3; ++d)
+          for (int lane = 0; lane < 16; ++lane) totals[d] += x[r].corrections[48 * g + 16 * d + lane];
+        for (int64_t start = g * group_bytes; start < (g + 1) * group_bytes; start += WIDTH)
+          for (int64_t j = 0; j < per_byte; ++j, digits += 3 * WIDTH)
+            for (int64_t i = 0; i < WIDTH && start + i < row_bytes; ++i)
+              for (int d = 0; d < 3; ++d)
+                totals[d] += (weights[c][start + i] >> (j * bits) & mask) * step * digits[d * WIDTH + i];
+        for (int d = 0; d < 3; ++d) sum += static_cast<float>(totals[d]) * x[r].scales[3 * g + d];
+      }
+      sums[r * channels + c] = sum;
     }
-    sums[r] = sum;
-  }
 }
 
 // Sixteen partial sums, as vectors have them: one alone would lose accuracy over thousands of products.

@@ -109,16 +109,11 @@ void dot_two(const uint8_t* a, const uint8_t* b, int64_t row_bytes, const Digits
 
 bool split_digits_avx2(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
 
-void dot_digits_avx2(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits, const Digits& x, float* sums) {
+void dot_digits_avx2(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
+                     int64_t rows, float* sums) {
   const auto dot = bits == 1 ? dot_two<1> : bits == 2 ? dot_two<2> : dot_two<4>;
-  for (int64_t r = 0; r < count; r += 2) {
-    // Of an odd number, the last one is its own partner.
-    const uint8_t* a = packed + r * row_bytes;
-    float two[2];
-    dot(a, r + 1 < count ? a + row_bytes : a, row_bytes, x, two);
-    sums[r] = two[0];
-    if (r + 1 < count) sums[r + 1] = two[1];
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += 2) dot(weights[c], weights[c + 1], row_bytes, x[r], sums + r * channels + c);
 }
 
 float dot_avx2(const uint8_t* packed, const float* x, int64_t count, int bits) {

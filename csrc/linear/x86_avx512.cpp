@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "linear/digits.h"
 #include "linear/linear.h"
 #include "qconv/qconv.h"
@@ -7,7 +9,8 @@
 namespace bitorch_engine {
 namespace {
 
-constexpr int64_t WIDTH = 64, ROWS_AT_ONCE = 4;
+constexpr int64_t WIDTH = 64;
+constexpr int64_t AHEAD = 4096;  // bytes of a row, and of those behind it, that are asked for before they are needed
 
 // Value `place` of each byte; of 1 bit, twice that.
 template <int BITS>
@@ -20,67 +23,95 @@ inline __m512i values(__m512i bytes, int place) {
   return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << BITS) - 1));
 }
 
-template <int BITS>
-void dot_four(const uint8_t* const* rows, int64_t row_bytes, const Digits& x, float* sums) {
-  constexpr int64_t BYTES = GROUP * BITS / 8;
-  __m512 sum[ROWS_AT_ONCE];
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) sum[r] = _mm512_setzero_ps();
-  const int8_t* digits = x.digits;
-  for (int64_t start = 0, g = 0; start < row_bytes; start += BYTES, ++g) {
-    const int32_t* corrections = x.corrections + 48 * g;
-    __m512i total[ROWS_AT_ONCE][3];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS_AT_ONCE; ++r)
+// A group of a row of activations.
+struct Piece {
+  const int8_t* digits;
+  const int32_t* corrections;
+  const float* scales;
+};
+
+// A group of CHANNELS rows of weights, of which `left` bytes are there, times those of ROWS of activations, to 16 partial
+// sums each; those of the next row of activations lie `stride` behind. The accumulators of four channels and two rows fill the registers: they stay there only in a function that
+// is nothing but this loop, and if bytes that were loaded for one place are not kept for the next.
+template <int BITS, int ROWS>
+__attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t start, int64_t left, const Piece* x,
+                                         float* sums, int64_t stride) {
+  __m512i total[ROWS][3][CHANNELS];
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 3
-      for (int d = 0; d < 3; ++d) total[r][d] = _mm512_loadu_si512(corrections + 16 * d);
-    const int64_t end = start + BYTES < row_bytes ? start + BYTES : row_bytes;
-    for (int64_t place = start; place < end; place += WIDTH, digits += 3 * WIDTH * (8 / BITS)) {
-      const int64_t left = row_bytes - place;  // what follows is another row, or not there
-      const __mmask64 mask = left >= WIDTH ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
-      __m512i bytes[ROWS_AT_ONCE];
+    for (int d = 0; d < 3; ++d)
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS_AT_ONCE; ++r) bytes[r] = _mm512_maskz_loadu_epi8(mask, rows[r] + place);
+      for (int c = 0; c < CHANNELS; ++c) total[r][d][c] = _mm512_loadu_si512(x[r].corrections + 16 * d);
+  const uint8_t *w0 = weights[0] + start, *w1 = weights[1] + start, *w2 = weights[2] + start, *w3 = weights[3] + start;
+  const int8_t *x0 = x[0].digits, *x1 = x[ROWS - 1].digits;
+#pragma GCC unroll 4
+  for (int64_t place = 0; place < GROUP * BITS / 8; place += WIDTH) {
+    const int64_t rest = left - place;  // what follows is another row, or not there
+    if (rest <= 0) break;
+    const __mmask64 mask = rest >= WIDTH ? ~uint64_t{0} : (uint64_t{1} << rest) - 1;
+    __builtin_prefetch(w0 + place + AHEAD);
+    __builtin_prefetch(w1 + place + AHEAD);
+    __builtin_prefetch(w2 + place + AHEAD);
+    __builtin_prefetch(w3 + place + AHEAD);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8 / BITS; ++j) {
-        const int8_t* d = digits + 3 * WIDTH * j;
-        const __m512i low = _mm512_loadu_si512(d), middle = _mm512_loadu_si512(d + WIDTH);
-        const __m512i high = _mm512_loadu_si512(d + 2 * WIDTH);
+    for (int j = 0; j < 8 / BITS; ++j, x0 += 3 * WIDTH, x1 += 3 * WIDTH) {
+      const __m512i w[CHANNELS] = {values<BITS>(_mm512_maskz_loadu_epi8(mask, w0 + place), j),
+                                   values<BITS>(_mm512_maskz_loadu_epi8(mask, w1 + place), j),
+                                   values<BITS>(_mm512_maskz_loadu_epi8(mask, w2 + place), j),
+                                   values<BITS>(_mm512_maskz_loadu_epi8(mask, w3 + place), j)};
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+        for (int d = 0; d < 3; ++d) {
+          const __m512i digits = _mm512_loadu_si512((r ? x1 : x0) + WIDTH * d);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-          const __m512i w = values<BITS>(bytes[r], j);
-          total[r][0] = _mm512_dpbusd_epi32(total[r][0], w, low);
-          total[r][1] = _mm512_dpbusd_epi32(total[r][1], w, middle);
-          total[r][2] = _mm512_dpbusd_epi32(total[r][2], w, high);
+          for (int c = 0; c < CHANNELS; ++c) total[r][d][c] = _mm512_dpbusd_epi32(total[r][d][c], w[c], digits);
         }
-      }
+      asm volatile("" ::: "memory");
     }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS_AT_ONCE; ++r)
+    for (int c = 0; c < CHANNELS; ++c) {
+      float* parts = sums + r * stride + 16 * c;
+      __m512 sum = _mm512_load_ps(parts);
 #pragma GCC unroll 3
       for (int d = 0; d < 3; ++d)
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][d]), _mm512_set1_ps(x.scales[3 * g + d]), sum[r]);
+        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][d][c]), _mm512_set1_ps(x[r].scales[d]), sum);
+      _mm512_store_ps(parts, sum);
+    }
+}
+
+// A group of all channels and rows after the other: what is read again is near then.
+template <int BITS>
+void dot_groups(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, const Digits* x, int64_t rows,
+                float* sums) {
+  constexpr int64_t BYTES = GROUP * BITS / 8;
+  alignas(64) float parts[MOST_ROWS * MOST_CHANNELS * 16];
+  std::memset(parts, 0, rows * channels * 16 * sizeof(float));
+  for (int64_t start = 0, g = 0; start < row_bytes; start += BYTES, ++g) {
+    Piece pieces[MOST_ROWS];
+    for (int64_t r = 0; r < rows; ++r)
+      pieces[r] = {x[r].digits + 3 * GROUP * g, x[r].corrections + 48 * g, x[r].scales + 3 * g};
+    for (int64_t c = 0; c < channels; c += CHANNELS)
+      for (int64_t r = 0; r < rows; r += 2) {
+        const auto add = r + 1 < rows ? add_group<BITS, 2> : add_group<BITS, 1>;
+        add(weights + c, start, row_bytes - start, pieces + r, parts + 16 * (r * channels + c), 16 * channels);
+      }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS_AT_ONCE; ++r) sums[r] = _mm512_reduce_add_ps(sum[r]);
+  for (int64_t i = 0; i < rows * channels; ++i) sums[i] = _mm512_reduce_add_ps(_mm512_load_ps(parts + 16 * i));
 }
 
 }  // namespace
 
 bool split_digits_avx512(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
 
-void dot_digits_avx512(const uint8_t* packed, int64_t row_bytes, int64_t count, int bits, const Digits& x,
-                       float* sums) {
-  const auto dot = bits == 1 ? dot_four<1> : bits == 2 ? dot_four<2> : dot_four<4>;
-  for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-    // Where fewer are left, the last one is multiplied again.
-    const uint8_t* rows[ROWS_AT_ONCE];
-    float four[ROWS_AT_ONCE];
-    for (int64_t r = 0; r < ROWS_AT_ONCE; ++r)
-      rows[r] = packed + (first + r < count ? first + r : count - 1) * row_bytes;
-    dot(rows, row_bytes, x, four);
-    for (int64_t r = 0; r < ROWS_AT_ONCE && first + r < count; ++r) sums[first + r] = four[r];
-  }
+void dot_digits_avx512(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
+                       int64_t rows, float* sums) {
+  const auto dot = bits == 1 ? dot_groups<1> : bits == 2 ? dot_groups<2> : dot_groups<4>;
+  dot(weights, channels, row_bytes, x, rows, sums);
 }
 
 // 64 codes are decoded by three byte instructions (see bits/x86_avx512.cpp), widened to floats and multiplied.

@@ -16,20 +16,29 @@ struct Near {
 // Digits have another order on every instruction set: splitting and multiplying are checked together.
 std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Random& random) {
   const int bits = 1 << random.between(0, 2);
-  const int64_t columns = 8 * random.between(1, 200), rows = random.between(1, 5), row_bytes = columns / 8 * bits;
-  const std::vector<uint8_t> packed = random.bytes(rows * row_bytes);
-  const std::vector<float> x = random.numbers(columns, 1);
-  const int64_t groups = (columns + GROUP - 1) / GROUP;
-  std::vector<int8_t> digits(groups * GROUP * 3);
-  std::vector<int32_t> corrections(groups * 48);
-  std::vector<float> scales(groups * 3), sums(rows);
-  const Digits to{digits.data(), corrections.data(), scales.data(), columns};
-  if (!split(x.data(), bits, to)) return {};
-  dot(packed.data(), row_bytes, rows, bits, to, sums.data());
-  double sizes = 0;
-  for (float one : x) sizes += std::fabs(one) * (1 << (bits - 1));
+  const int64_t columns = 8 * random.between(1, 200), channels = CHANNELS * random.between(1, 3);
+  const int64_t rows = random.between(1, 4);
+  const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP;
+  const std::vector<uint8_t> packed = random.bytes(channels * row_bytes);
+  const std::vector<float> x = random.numbers(rows * columns, 1);
+  std::vector<int8_t> digits(rows * groups * GROUP * 3);
+  std::vector<int32_t> corrections(rows * groups * 48);
+  std::vector<float> scales(rows * groups * 3), sums(rows * channels);
+  std::vector<Digits> to;
+  for (int64_t r = 0; r < rows; ++r) {
+    to.push_back({digits.data() + r * groups * GROUP * 3, corrections.data() + r * groups * 48,
+                  scales.data() + r * groups * 3, columns});
+    if (!split(x.data() + r * columns, bits, to.back())) return {};
+  }
+  std::vector<const uint8_t*> weights;
+  for (int64_t c = 0; c < channels; ++c) weights.push_back(packed.data() + c * row_bytes);
+  dot(weights.data(), channels, row_bytes, bits, to.data(), rows, sums.data());
   std::vector<Near> found;
-  for (float sum : sums) found.push_back({sum, sizes * 0x1p-21});
+  for (int64_t r = 0; r < rows; ++r) {
+    double sizes = 0;
+    for (int64_t k = 0; k < columns; ++k) sizes += std::fabs(x[r * columns + k]) * (1 << (bits - 1));
+    for (int64_t c = 0; c < channels; ++c) found.push_back({sums[r * channels + c], sizes * 0x1p-21});
+  }
   return found;
 }
 

@@ -7,18 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
 from bitorch_engine.ops.cpu.plans import can_plan, make_plan, planned
 from bitorch_engine.ops.cpu.quantize import dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
 
 _linear = function("be_linear", POINTER, INT64, POINTER, POINTER, POINTER, INT64, INT64, INT, POINTER, INT)
+_linear_digits = function(
+    "be_linear_digits", POINTER, INT64, *[POINTER] * 3, INT64, INT64, INT, *[POINTER] * 2, INT, result=INT64
+)
 _planned = planned("be_linear_planned")
 
 _FEW = 8
 """Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
 
+_DIGIT_ROWS = {"avx2": 16, "avx512": 256, "amx": 256}
+"""Rows of float32 up to which products of bytes are faster, where activations are digits (csrc/linear/linear.h)."""
 
 BLOCK = 1 << 19
 """Weights that are float at a time, at most; eight output channels are the least. They should stay in the cache."""
@@ -44,11 +49,9 @@ def linear_weight_only(
     if x.numel() == 0 or rows == 0:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
     reference.check_groups(channel_scale, columns, group_size)
-    bias = None if bias is None else bias.to(x.dtype)
-    out = x.new_empty([*x.shape[:-1], rows])
-    for first, last, weight in _blocks(packed, channel_scale.reshape(rows, -1), bits, columns, x.dtype):
-        out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
-    return out
+    if group_size == 0 and x.dtype is torch.float32 and _suit_digits(few, bits, columns):
+        return _by_digits(x.reshape(few, columns), packed, channel_scale, bits, bias).view(*x.shape[:-1], rows)
+    return _by_blocks(x, packed, channel_scale.reshape(rows, -1), bits, bias, columns)
 
 
 def plan(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int) -> Plan | None:
@@ -101,9 +104,46 @@ def _blocks(
         yield first, last, weight.view(-1, columns)
 
 
+def _by_blocks(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None, columns: int) -> Tensor:
+    """A float matrix product, of some output channels after the others. scale: (rows, groups)."""
+    bias = None if bias is None else bias.to(x.dtype)
+    out = x.new_empty([*x.shape[:-1], scale.shape[0]])
+    for first, last, weight in _blocks(packed, scale, bits, columns, x.dtype):
+        out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
+    return out
+
+
+def _by_digits(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+    """Products of bytes, for rows of activations that are digits; the others, of which there are few, by blocks."""
+    x, scale = x.contiguous(), channel_scale.to(torch.float32).contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    out = torch.empty(x.shape[0], scale.numel(), dtype=torch.float32)
+    left = torch.empty(x.shape[0], dtype=torch.bool)
+    others = _linear_digits(
+        x.data_ptr(),
+        x.shape[0],
+        packed.data_ptr(),
+        scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        scale.numel(),
+        x.shape[1],
+        bits,
+        out.data_ptr(),
+        left.data_ptr(),
+        threads(),
+    )
+    if others:
+        out[left] = _by_blocks(x[left], packed, scale.view(-1, 1), bits, bias, x.shape[1])
+    return out
+
+
 def _suits(few: int, bits: int, columns: int) -> bool:
     """Whether there are few rows of activations, and each row of codes has whole bytes."""
     return 0 < few <= _FEW and columns * bits % 8 == 0 == columns % 8
+
+
+def _suit_digits(rows: int, bits: int, columns: int) -> bool:
+    return bits in (1, 2, 4) and columns % 8 == 0 and rows <= _DIGIT_ROWS.get(current_isa(), 0)
 
 
 def _few_rows(

@@ -117,6 +117,32 @@ def test_large_activations_whose_weights_are_zero(isa: str, bits: int, columns: 
 
 
 @each_isa
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "channels", "columns"), [(9, 137, 1032), (21, 64, 520), (16, 3, 4104), (33, 5, 8)])
+def test_more_rows_of_which_some_are_multiplied_as_floats(
+    isa: str, bits: int, rows: int, channels: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_DIGIT_ROWS", {isa: rows})
+    packed, scale, weight = _weight(channels, columns, bits)
+    x, bias = torch.randn(3, rows // 3, columns), torch.randn(channels)
+    x[1, :2, ::100] *= 1e6
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, columns)
+        assert found.shape == (3, rows // 3, channels)
+        uneven = torch.zeros(3, rows // 3, dtype=torch.bool)
+        uneven[1, :2] = True
+        for some in (uneven, ~uneven):
+            ours, theirs = _errors(found[some], x[some], weight)
+            assert ours <= 2 * theirs
+        with_bias = ops.linear_weight_only(x, packed, scale.view(-1), bits, bias, columns)
+        torch.testing.assert_close(with_bias, found + bias)
+        x[2, 0, 5] = float("inf")
+        odd = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, columns)
+    torch.testing.assert_close(odd[2, 0], F.linear(x[2, 0], weight.float()), equal_nan=True)
+    assert torch.equal(odd[~uneven][: rows // 3], found[~uneven][: rows // 3])
+
+
+@each_isa
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_activations_that_are_not_finite_give_what_torch_gives(isa: str, bits: int, odd: float) -> None:
