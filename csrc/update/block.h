@@ -4,6 +4,7 @@
 //   Simd::F, Simd::I   vectors of `width` floats and of as many 32-bit integers
 //   load, store, broadcast and arithmetic by their usual names; root is the square root, nearest rounds to even
 //   max_size: of a, which is not negative, and the size of b
+//   with_sign: x, whose upper bit is not set, with the one of y
 //
 // What lies in memory comes in fours of vectors, in an order that is the Simd's own: that of unpacking and packing within
 // 128 bits, where this is cheaper than the order of the elements.
@@ -22,6 +23,8 @@
 #include <cstring>
 
 #include "update/update.h"
+
+#define ALWAYS_INLINE __attribute__((always_inline))
 
 namespace bitorch_engine {
 namespace {
@@ -141,7 +144,7 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
     for (int k = 0; k < 4; ++k) {
       if constexpr (is_signed) {
         const auto sized = S::add(S::and_(codes[k], S::ints(INT32_MIN | 0x7F << cut_bits)), unit_bits);
-        const auto base = S::or_(S::and_(codes[k], S::ints(INT32_MIN)), unit_bits);
+        const auto base = S::with_sign(unit_bits, codes[k]);
         values[k] = S::sub(S::as_float(sized), S::as_float(base));
       } else {
         values[k] = S::sub(S::as_float(S::add(codes[k], unit_bits)), unit);
@@ -175,7 +178,7 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
         const auto value = S::load(held.values + i + k * S::width);
         const auto noise = noise_below<S, cut_bits, is_signed>(S::load_int(noises + i + k * S::width));
         values[k] = S::as_int(value);
-        const auto unit = is_signed ? S::or_(S::and_(values[k], S::ints(INT32_MIN)), base) : base;
+        const auto unit = is_signed ? S::with_sign(base, values[k]) : base;
         const auto sum = S::add(value, S::as_float(unit));
         sums[k] = S::template right<cut_bits>(S::add(S::as_int(sum), noise));
       }
@@ -205,63 +208,189 @@ static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t 
   if constexpr (second_kind != NONE) lines(blocks.second, moment_bytes(second_kind));
 }
 
-template <class S, MomentKind first_kind, MomentKind second_kind>
-static void step_blocks(const StepRule& rule, const Blocks& blocks) {
+// Noise of four vectors in the first half of a block, whose elements begin at `start`; the second half has a multiple of it.
+template <class S>
+ALWAYS_INLINE static inline void noise4(uint32_t key, int64_t start, const typename S::I* lanes, typename S::I* out) {
+  const auto base = S::ints(static_cast<int32_t>(key ^ static_cast<uint32_t>(start)));
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) out[k] = hash<S>(S::xor_(lanes[k], base));  // start has no bit of a place
+}
+
+template <class S>
+static inline typename S::I noise_of_second_half(typename S::I noise) {
+  return S::mul(noise, S::ints(static_cast<int32_t>(0xAD166959u)));
+}
+
+static inline uint32_t key_at(uint32_t key, int64_t start) {
+  const uint32_t above = static_cast<uint32_t>(start >> 32);
+  return above ? key ^ hash_word(above) : key;
+}
+
+// Levels at `p` by four vectors of moves, in units of 2**-23 levels.
+template <class S>
+ALWAYS_INLINE static inline void move4(uint8_t* p, const typename S::F* move, const typename S::I* noise) {
+  typename S::I steps[4];
+  // 255 levels at most, so that the noise fits on top; below the least int32, nearest gives that: 256 levels down.
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const auto fine = S::nearest(S::min(move[k], S::floats(255 * 0x1p23f)));
+    steps[k] = S::template right_signed<23>(S::add(fine, S::template right<9>(noise[k])));
+  }
+  S::move_levels4(p, steps);
+}
+
+// The rates of a block, in the order of a four, where they are not those of the block before.
+template <class S>
+ALWAYS_INLINE static inline void lay_out_rates(const Blocks& blocks, int64_t block, float* rates) {
+  if (block > 0 && blocks.rate_stride == 0) return;
+  for (int i = 0; i < BLOCK; i += 4 * S::width) {
+    typename S::F rate[4];
+    S::load4(blocks.rate + block * blocks.rate_stride + i, rate);
+    for (int k = 0; k < 4; ++k) S::store(rates + i + k * S::width, rate[k]);
+  }
+}
+
+// The gradient of a block, times the factor: where it lies, or in `wide`.
+template <class S>
+ALWAYS_INLINE static inline const float* float_grad(const StepRule& rule, const Blocks& blocks, int64_t block, float* wide) {
+  const float* grad = static_cast<const float*>(blocks.grad) + block * BLOCK;
+  if (!rule.grad_bf16 && rule.grad_factor == 1) return grad;
+  const auto factor = S::floats(rule.grad_factor);
+  const auto halves = static_cast<const uint16_t*>(blocks.grad) + block * BLOCK;
+  for (int i = 0; i < BLOCK; i += 4 * S::width) {
+    typename S::F values[4];
+    typename S::I bits[4];
+    if (rule.grad_bf16) {
+      S::load_tops4(halves + i, bits);
+      for (int k = 0; k < 4; ++k) values[k] = S::as_float(bits[k]);
+    } else {
+      S::load4(grad + i, values);
+    }
+    for (int k = 0; k < 4; ++k) values[k] = S::mul(values[k], factor);
+    S::store4(wide + i, values);
+  }
+  return wide;
+}
+
+static inline uint8_t* packed_at(const StepRule& rule, const Blocks& blocks, int64_t block) {
+  return blocks.packed + block * (BLOCK / 8) * rule.bits;
+}
+
+static inline uint8_t* residual_at(const StepRule& rule, const Blocks& blocks, int64_t block) {
+  return blocks.residual + block * (BLOCK / 8) * (8 - rule.bits);
+}
+
+// Without moments: the gradient times the rate is the move.
+template <class S>
+static void move_blocks(const StepRule& rule, const Blocks& blocks) {
   using F = typename S::F;
   using I = typename S::I;
-  constexpr int four = 4 * S::width;
+  constexpr int four = 4 * S::width, half = BLOCK / 2;
   const auto planes = S::planes(rule.bits);
   alignas(64) uint8_t levels[BLOCK];
-  alignas(64) int32_t noises[2][BLOCK];
-  alignas(64) float wide[BLOCK], rates[BLOCK];  // rates: in the order of a four
-  Held first_held[2], second_held[2];           // of this block, and of the one before
-  using First = Moment<S, first_kind, true>;
-  using Second = Moment<S, second_kind, false>;
-  const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
-  const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
-  const bool as_is = !rule.grad_bf16 && rule.grad_factor == 1;
+  alignas(64) float wide[BLOCK], rates[BLOCK];
   I lanes[4];
   S::lanes4(lanes);
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t start = blocks.start + block * BLOCK;
-    prefetch<first_kind, second_kind>(rule, blocks, block);
-    if (block == 0 || blocks.rate_stride != 0) {
-      for (int i = 0; i < BLOCK; i += four) {
-        F rate[4];
-        S::load4(blocks.rate + block * blocks.rate_stride + i, rate);
-        for (int k = 0; k < 4; ++k) S::store(rates + i + k * S::width, rate[k]);
-      }
-    }
-    const float* grad = static_cast<const float*>(blocks.grad) + block * BLOCK;
-    if (!as_is) {
-      const F factor = S::floats(rule.grad_factor);
-      const auto halves = static_cast<const uint16_t*>(blocks.grad) + block * BLOCK;
-      for (int i = 0; i < BLOCK; i += four) {
-        F values[4];
-        I bits[4];
-        if (rule.grad_bf16) {
-          S::load_tops4(halves + i, bits);
-          for (int k = 0; k < 4; ++k) values[k] = S::as_float(bits[k]);
-        } else {
-          S::load4(grad + i, values);
-        }
-        for (int k = 0; k < 4; ++k) values[k] = S::mul(values[k], factor);
-        S::store4(wide + i, values);
-      }
-      grad = wide;
-    }
-    uint8_t* packed = blocks.packed + block * (BLOCK / 8) * rule.bits;
-    uint8_t* residual = blocks.residual + block * (BLOCK / 8) * (8 - rule.bits);
+    prefetch<NONE, NONE>(rule, blocks, block);
+    lay_out_rates<S>(blocks, block, rates);
+    const float* grad = float_grad<S>(rule, blocks, block, wide);
+    uint8_t* packed = packed_at(rule, blocks, block);
+    uint8_t* residual = residual_at(rule, blocks, block);
     S::read_levels(planes, packed, residual, levels);
-    const int now = block & 1, before = 1 - now;
-    First first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &first_held[now]);
-    Second second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind), &second_held[now]);
-    const uint32_t above = static_cast<uint32_t>(start >> 32);
-    const uint32_t key = rule.key ^ (above ? hash_word(above) : 0);
-    const auto step = [&](int i, const I* noise) __attribute__((always_inline)) {
-      F g[4], move[4], v[4];
-      I steps[4];
+    const uint32_t key = key_at(rule.key, start);
+    for (int i = 0; i < half; i += four) {
+      I noise[4];
+      noise4<S>(key, start + i, lanes, noise);
+      for (int at = i; at < BLOCK; at += half) {
+        F move[4];
+        S::load4(grad + at, move);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          if (at >= half) noise[k] = noise_of_second_half<S>(noise[k]);
+          move[k] = S::mul(move[k], S::load(rates + at + k * S::width));
+        }
+        move4<S>(levels + at, move, noise);
+      }
+    }
+    S::write_levels(planes, levels, packed, residual);
+  }
+}
+
+// What a block passes on to its second stage.
+struct alignas(64) Passing {
+  int32_t noise[BLOCK];
+  float move[BLOCK];  // in units of 2**-23 levels
+  Held first, second;
+};
+
+template <class S>
+ALWAYS_INLINE static inline void make_noise(const StepRule& rule, int64_t start, const typename S::I* lanes, Passing& to) {
+  const uint32_t key = key_at(rule.key, start);
+  for (int i = 0; i < BLOCK / 2; i += 4 * S::width) {
+    typename S::I noise[4];
+    noise4<S>(key, start + i, lanes, noise);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      S::store_int(to.noise + i + k * S::width, noise[k]);
+      S::store_int(to.noise + BLOCK / 2 + i + k * S::width, noise_of_second_half<S>(noise[k]));
+    }
+  }
+}
+
+// Hashes, roots and quotients take their time. The noise of a block is made a block before it is used, and levels and codes
+// are written a block after what they wait for was begun, so that nothing stands in the queue of the processor meanwhile.
+template <class S, MomentKind first_kind, MomentKind second_kind>
+static void step_blocks(const StepRule& rule, const Blocks& blocks) {
+  if constexpr (first_kind == NONE && second_kind == NONE) return move_blocks<S>(rule, blocks);
+  using F = typename S::F;
+  using I = typename S::I;
+  using First = Moment<S, first_kind, true>;
+  using Second = Moment<S, second_kind, false>;
+  constexpr int four = 4 * S::width;
+  const auto planes = S::planes(rule.bits);
+  alignas(64) uint8_t levels[BLOCK];
+  alignas(64) float wide[BLOCK], rates[BLOCK];
+  Passing passing[3];
+  const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
+  const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
+  I lanes[4];
+  S::lanes4(lanes);
+
+  const auto finish = [&](int64_t block, Passing& from) __attribute__((always_inline)) {
+    uint8_t* packed = packed_at(rule, blocks, block);
+    uint8_t* residual = residual_at(rule, blocks, block);
+    S::read_levels(planes, packed, residual, levels);
+    for (int i = 0; i < BLOCK; i += four) {
+      F move[4];
+      I noise[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        move[k] = S::load(from.move + i + k * S::width);
+        noise[k] = S::load_int(from.noise + i + k * S::width);
+      }
+      move4<S>(levels + i, move, noise);
+    }
+    S::write_levels(planes, levels, packed, residual);
+    First::encode(from.first, from.noise);
+    Second::encode(from.second, from.noise);
+  };
+
+  Passing *before = passing, *now = passing + 1, *next = passing + 2;
+  make_noise<S>(rule, blocks.start, lanes, *now);
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    prefetch<first_kind, second_kind>(rule, blocks, block);
+    lay_out_rates<S>(blocks, block, rates);
+    const float* grad = float_grad<S>(rule, blocks, block, wide);
+    First first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &now->first);
+    Second second(static_cast<uint8_t*>(blocks.second) + block * moment_bytes(second_kind), &now->second);
+    for (int i = 0; i < BLOCK; i += four) {
+      F g[4], move[4];
+      I noise[4];
       S::load4(grad + i, g);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) noise[k] = S::load_int(now->noise + i + k * S::width);
       if constexpr (first_kind != NONE) {
         first.load4(i, move);
 #pragma GCC unroll 4
@@ -274,6 +403,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) move[k] = S::mul(move[k], S::load(rates + i + k * S::width));
       if constexpr (second_kind != NONE) {
+        F v[4];
         second.load4(i, v);
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) v[k] = S::add(S::mul(v[k], beta2), S::mul(S::mul(g[k], g[k]), rest2));
@@ -281,41 +411,19 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) move[k] = S::div(move[k], S::add(S::root(v[k]), least));
       }
-      // 255 levels at most, so that the noise fits on top; below the least int32, nearest gives that: 256 levels down.
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const I fine = S::nearest(S::min(move[k], S::floats(255 * 0x1p23f)));
-        steps[k] = S::template right_signed<23>(S::add(fine, S::template right<9>(noise[k])));
-      }
-      S::move_levels4(levels + i, steps);
-    };
-    for (int i = 0; i < BLOCK / 2; i += four) {
-      I noise[4];
-      const I base = S::ints(static_cast<int32_t>(key ^ static_cast<uint32_t>(start + i)));
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) noise[k] = hash<S>(S::xor_(lanes[k], base));  // start + i has no bit of a place
-      for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          if (half) noise[k] = S::mul(noise[k], S::ints(static_cast<int32_t>(0xAD166959u)));
-          if constexpr (first_kind == MOMENT_8BIT || second_kind == MOMENT_8BIT) {
-            S::store_int(noises[now] + i + half * (BLOCK / 2) + k * S::width, noise[k]);
-          }
-        }
-        step(i + half * (BLOCK / 2), noise);
-      }
+      for (int k = 0; k < 4; ++k) S::store(now->move + i + k * S::width, move[k]);
     }
     first.settle();
     second.settle();
-    if (block > 0) {
-      First::encode(first_held[before], noises[before]);
-      Second::encode(second_held[before], noises[before]);
-    }
-    S::write_levels(planes, levels, packed, residual);
+    if (block + 1 < blocks.count) make_noise<S>(rule, blocks.start + (block + 1) * BLOCK, lanes, *next);
+    if (block > 0) finish(block - 1, *before);
+    Passing* free = before;
+    before = now;
+    now = next;
+    next = free;
   }
-  const int last = (blocks.count - 1) & 1;
-  First::encode(first_held[last], noises[last]);
-  Second::encode(second_held[last], noises[last]);
+  finish(blocks.count - 1, *before);
 }
 
 template <class S, MomentKind first>

@@ -51,6 +51,7 @@ struct Scalar {
   static I and_(I a, I b) { return a & b; }
   static I or_(I a, I b) { return a | b; }
   static I xor_(I a, I b) { return a ^ b; }
+  static I with_sign(I x, I y) { return x | (y & INT32_MIN); }
   template <int n>
   static I left(I x) {
     return static_cast<I>(static_cast<uint32_t>(x) << n);

@@ -57,6 +57,7 @@ struct Avx2 {
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static I or_(I a, I b) { return _mm256_or_si256(a, b); }
   static I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I with_sign(I x, I y) { return or_(and_(y, ints(INT32_MIN)), x); }
   template <int n>
   static I left(I x) {
     return _mm256_slli_epi32(x, n);
