@@ -177,11 +177,58 @@ __mmask16 quantize_planes(const void* x, int64_t channel_stride, int64_t pixels,
   return odd;
 }
 
+// The same where numbers are finite, as quantize_blocks: returns whether one was not.
+template <Dtype dtype, bool sign>
+bool quantize_plane_blocks(const void* x, int64_t channel_stride, int64_t pixels, int64_t channels, const Rule& rule,
+                           uint8_t* out, int64_t out_stride) {
+  // In each 128-bit lane, bytes of four channels by four pixels, turned.
+  const __m512i turn = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  __m512 odd[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t p = 0; p < pixels; p += 16) {
+    const int64_t wide = pixels - p < 16 ? pixels - p : 16;
+    const __mmask16 mask = static_cast<__mmask16>((1 << wide) - 1);
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t deep = channels - c < 16 ? channels - c : 16;
+      __m512i bytes[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __m512i code[4];
+        bytes[j] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          code[k] = _mm512_setzero_si512();
+          if (4 * j + k >= deep) continue;
+          const __m512 value = load<dtype>(x, (c + 4 * j + k) * channel_stride + p, mask);
+          const __m512 ratio = _mm512_mul_ps(value, rule.inverse);
+          odd[k % 2] = _mm512_fmadd_ps(ratio, _mm512_setzero_ps(), odd[k % 2]);
+          if (sign) {
+            const __mmask16 positive = _mm512_cmp_ps_mask(ratio, _mm512_setzero_ps(), _CMP_GE_OQ);
+            const __m512i one = _mm512_set1_epi32(1 << (8 * k + rule.shift));
+            bytes[j] = _mm512_mask_or_epi32(bytes[j], positive, bytes[j], one);
+          } else {
+            code[k] = _mm512_cvtps_epi32(_mm512_min_ps(ratio, rule.high));
+          }
+        }
+        if (sign) continue;
+        const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(code[0], code[1]), rule.zero);
+        const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(code[2], code[3]), rule.zero);
+        bytes[j] = _mm512_shuffle_epi8(_mm512_packus_epi16(low, high), turn);
+      }
+      store_block(bytes, out + p * out_stride + c, out_stride, wide, deep);
+    }
+  }
+  const __m512 any = _mm512_add_ps(odd[0], odd[1]);
+  return _mm512_cmp_ps_mask(any, any, _CMP_UNORD_Q) != 0;
+}
+
 template <Dtype dtype, bool with_beyond>
 bool quantize_all(const void* x, int64_t pixel_stride, int64_t channel_stride, int64_t pixels, int64_t channels,
                   const Rule& rule, uint8_t* out, int64_t out_stride, uint8_t* beyond) {
-  if (channel_stride != 1)
+  if (channel_stride != 1) {
+    const auto blocks = rule.sign ? quantize_plane_blocks<dtype, true> : quantize_plane_blocks<dtype, false>;
+    if (!with_beyond && !blocks(x, channel_stride, pixels, channels, rule, out, out_stride)) return false;
     return quantize_planes<dtype, with_beyond>(x, channel_stride, pixels, channels, rule, out, out_stride, beyond);
+  }
   if (pixel_stride == channels && out_stride == channels) {
     channels *= pixels;
     pixels = 1;
