@@ -183,6 +183,15 @@ void multiply_avx512(const Tile& t) {
 
 // 64 values are 8 * bits bytes. Each group of eight goes to a 64-bit lane, where every byte picks its own eight bits.
 void decode_avx512(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
+  if (bits == 1) {  // bits are a mask
+    const __m512i minus = _mm512_set1_epi8(-1), plus = _mm512_set1_epi8(1);
+    for (int64_t i = 0; i < count; i += 64, packed += 8) {
+      uint64_t positive;
+      std::memcpy(&positive, packed, sizeof positive);
+      _mm512_storeu_si512(codes + i, _mm512_mask_blend_epi8(positive, minus, plus));
+    }
+    return;
+  }
   alignas(64) uint8_t lanes[64], shifts[64];
   for (int i = 0; i < 64; ++i) {
     lanes[i] = static_cast<uint8_t>(i / 8 * bits + i % 8);
@@ -195,9 +204,7 @@ void decode_avx512(const uint8_t* packed, int64_t count, int bits, int8_t* codes
   for (int64_t i = 0; i < count; i += 64, packed += 8 * bits) {
     const __m512i bytes = _mm512_maskz_loadu_epi8(present, packed);
     const __m512i wide = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(lane, bytes));
-    __m512i index = _mm512_and_si512(wide, mask);
-    if (bits == 1) index = _mm512_add_epi8(index, index);
-    _mm512_storeu_si512(codes + i, _mm512_add_epi8(index, low));
+    _mm512_storeu_si512(codes + i, _mm512_add_epi8(_mm512_and_si512(wide, mask), low));
   }
 }
 

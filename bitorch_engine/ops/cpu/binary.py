@@ -66,7 +66,9 @@ def _suits_bytes(shape: tuple[int, ...], weight_shape: tuple[int, ...], fields: 
     c = Convolution(*fields)
     out = c.output_shape(shape, weight_shape)
     deepest = max(shape[1], out[1]) // c.groups * prod(weight_shape[2:])
-    return deepest < _DEEPEST_BYTES and prod(out) >= _FEW * out[1]
+    # Of other channels, what a pixel reads is gathered first, which only many results make up for.
+    worth_it = weight_shape[1] % 64 == 0 or out[1] // c.groups >= 128
+    return worth_it and deepest < _DEEPEST_BYTES and prod(out) >= _FEW * out[1]
 
 
 def suits_pairs(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[int], *fields: Any) -> bool:
