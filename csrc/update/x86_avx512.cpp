@@ -148,6 +148,11 @@ struct Avx512 {
   }
   template <int n>
   static I right(I x) {
+    if constexpr (n == 16) {  // by a shuffle: Intel's processors have one port for shifts of 512 bits, and the other for these
+      const __m128i upper = _mm_setr_epi32(static_cast<int>(0x80800302), static_cast<int>(0x80800706),
+                                           static_cast<int>(0x80800B0A), static_cast<int>(0x80800F0E));
+      return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(upper));
+    }
     return _mm512_srli_epi32(x, n);
   }
   template <int n>
