@@ -40,18 +40,54 @@ inline bool is_even(const float* x, int64_t count, float largest) {
   return 2 * upper >= values;
 }
 
+// The columns of a group that begins where `left` are left: so many vectors as these fill.
+inline int64_t group_columns(int64_t left, int64_t vector) {
+  return left < GROUP ? (left + vector - 1) / vector * vector : GROUP;
+}
+
+// A group of integers as digits. Returns where the next group's begin.
+template <int64_t WIDTH, int64_t PER_BYTE>
+int8_t* put_digits(const int32_t* q, int64_t count, int8_t* out, int32_t* corrections) {
+  alignas(64) int8_t digits[3][GROUP];
+  int32_t low_sum = 0, middle_sum = 0, high_sum = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t above = (q[k] + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
+    const int32_t middle = above - high * 256, low = q[k] - above * 256;
+    digits[0][k] = static_cast<int8_t>(low);
+    digits[1][k] = static_cast<int8_t>(middle);
+    digits[2][k] = static_cast<int8_t>(high);
+    low_sum += low;
+    middle_sum += middle;
+    high_sum += high;
+  }
+  const int32_t lowest = lowest_code(8 / PER_BYTE);
+  std::memset(corrections, 0, 48 * sizeof(int32_t));
+  corrections[0] = low_sum * lowest;
+  corrections[16] = middle_sum * lowest;
+  corrections[32] = high_sum * lowest;
+  for (int64_t byte = 0; byte < count / PER_BYTE; byte += WIDTH)
+    for (int64_t j = 0; j < PER_BYTE; ++j)
+      for (int d = 0; d < 3; ++d, out += WIDTH)
+        for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][(byte + i) * PER_BYTE + j];
+  return out;
+}
+
+inline void put_scales(float scale, float* scales) {
+  scales[0] = scale;
+  scales[1] = scale * 256;
+  scales[2] = scale * 65536;
+}
+
 template <int64_t WIDTH, int64_t PER_BYTE>
 bool split_digits_of(const float* x, const Digits& to) {
-  constexpr int64_t VECTOR = PER_BYTE * WIDTH;
   int8_t* out = to.digits;
   int32_t* corrections = to.corrections;
   float* scales = to.scales;
   float padded[GROUP];
-  alignas(64) int8_t digits[3][GROUP];
+  int32_t q[GROUP];
   for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 48, scales += 3) {
     const float* values = x + first;
-    // Of the last group, so many vectors as it has columns for.
-    const int64_t left = to.columns - first, count = left < GROUP ? (left + VECTOR - 1) / VECTOR * VECTOR : GROUP;
+    const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
     if (left < count) {
       std::memcpy(padded, values, left * sizeof(float));
       std::memset(padded + left, 0, (count - left) * sizeof(float));
@@ -60,39 +96,40 @@ bool split_digits_of(const float* x, const Digits& to) {
     const float largest = largest_size(values, count);
     if (!(largest <= 3e38f) || (largest > 0 && largest < 1e-25f)) return false;
     if (!is_even(values, count, largest)) return false;
-    const float inverse = largest > 0 ? LARGEST / largest : 0, scale = largest / LARGEST;
-    scales[0] = scale;
-    scales[1] = scale * 256;
-    scales[2] = scale * 65536;
-    int32_t low_sum = 0, middle_sum = 0, high_sum = 0;
+    const float inverse = largest > 0 ? LARGEST / largest : 0;
+    put_scales(largest / LARGEST, scales);
     for (int64_t k = 0; k < count; ++k) {
       const float rounded = std::nearbyint(values[k] * inverse);
-      const int32_t q = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
-      const int32_t above = (q + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
-      const int32_t middle = above - high * 256, low = q - above * 256;
-      digits[0][k] = static_cast<int8_t>(low);
-      digits[1][k] = static_cast<int8_t>(middle);
-      digits[2][k] = static_cast<int8_t>(high);
-      low_sum += low;
-      middle_sum += middle;
-      high_sum += high;
+      q[k] = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
     }
-    const int32_t lowest = lowest_code(8 / PER_BYTE);
-    std::memset(corrections, 0, 48 * sizeof(int32_t));
-    corrections[0] = low_sum * lowest;
-    corrections[16] = middle_sum * lowest;
-    corrections[32] = high_sum * lowest;
-    for (int64_t byte = 0; byte < count / PER_BYTE; byte += WIDTH)
-      for (int64_t j = 0; j < PER_BYTE; ++j)
-        for (int d = 0; d < 3; ++d, out += WIDTH)
-          for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][(byte + i) * PER_BYTE + j];
+    out = put_digits<WIDTH, PER_BYTE>(q, count, out, corrections);
   }
   return true;
+}
+
+template <int64_t WIDTH, int64_t PER_BYTE>
+void split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
+  int8_t* out = to.digits;
+  int32_t* corrections = to.corrections;
+  float* scales = to.scales;
+  int32_t q[GROUP];
+  for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 48, scales += 3) {
+    const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
+    for (int64_t k = 0; k < count; ++k) q[k] = k < left ? bytes[first + k] - zero : 0;
+    put_scales(1, scales);
+    out = put_digits<WIDTH, PER_BYTE>(q, count, out, corrections);
+  }
 }
 
 template <int64_t WIDTH>
 bool split_digits(const float* x, int bits, const Digits& to) {
   return (bits == 1 ? split_digits_of<WIDTH, 8> : bits == 2 ? split_digits_of<WIDTH, 4> : split_digits_of<WIDTH, 2>)(x, to);
+}
+
+template <int64_t WIDTH>
+void split_bytes(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  const auto split = bits == 1 ? split_bytes_of<WIDTH, 8> : bits == 2 ? split_bytes_of<WIDTH, 4> : split_bytes_of<WIDTH, 2>;
+  split(bytes, zero, to);
 }
 
 }  // namespace

@@ -40,6 +40,10 @@ struct Digits {
 // 2**-24 of it, which is about half of what float32 sums of some hundred products are off.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
+// Digits of bytes[k] - zero, exact, with the scale 1: the codes of an activation. Their products and sums are integers, so
+// that floats hold them exactly below 2**24.
+using SplitBytesFunction = void (*)(const uint8_t* bytes, int zero, int bits, const Digits& to);
+
 constexpr int CHANNELS = 4;       // rows of weights that are multiplied at a time
 
 // sums[r * channels + c] = sum over k of code[c][k] * x[r][k] for so many rows of codes, a multiple of CHANNELS, and so many
@@ -53,6 +57,7 @@ using DotFunction = float (*)(const uint8_t* packed, const float* x, int64_t cou
 
 #define BE_LINEAR(isa)                                                                                         \
   bool split_digits_##isa(const float* x, int bits, const Digits& to);                                         \
+  void split_bytes_##isa(const uint8_t* bytes, int zero, int bits, const Digits& to);                          \
   void dot_digits_##isa(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits,           \
                         const Digits* x, int64_t rows, float* sums);                                           \
   float dot_##isa(const uint8_t* packed, const float* x, int64_t count, int bits);
@@ -62,6 +67,7 @@ BE_LINEAR(avx512)
 #undef BE_LINEAR
 
 extern const Kernel<SplitDigitsFunction> split_digits_kernel;
+extern const Kernel<SplitBytesFunction> split_bytes_kernel;
 extern const Kernel<DotDigitsFunction> dot_digits_kernel;
 extern const Kernel<DotFunction> dot_kernel;
 

@@ -12,6 +12,10 @@ constexpr int64_t WIDTH = 32;
 
 bool split_digits_scalar(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
 
+void split_bytes_scalar(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  split_bytes<WIDTH>(bytes, zero, bits, to);
+}
+
 void dot_digits_scalar(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
                        int64_t rows, float* sums) {
   const int64_t per_byte = 8 / bits, group_bytes = GROUP / per_byte;

@@ -109,6 +109,10 @@ void dot_two(const uint8_t* a, const uint8_t* b, int64_t row_bytes, const Digits
 
 bool split_digits_avx2(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
 
+void split_bytes_avx2(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  split_bytes<WIDTH>(bytes, zero, bits, to);
+}
+
 void dot_digits_avx2(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
                      int64_t rows, float* sums) {
   const auto dot = bits == 1 ? dot_two<1> : bits == 2 ? dot_two<2> : dot_two<4>;

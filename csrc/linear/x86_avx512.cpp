@@ -50,10 +50,10 @@ __attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t 
     const int64_t rest = left - place;  // what follows is another row, or not there
     if (rest <= 0) break;
     const __mmask64 mask = rest >= WIDTH ? ~uint64_t{0} : (uint64_t{1} << rest) - 1;
-    __builtin_prefetch(w0 + place + AHEAD);
-    __builtin_prefetch(w1 + place + AHEAD);
-    __builtin_prefetch(w2 + place + AHEAD);
-    __builtin_prefetch(w3 + place + AHEAD);
+    __builtin_prefetch(w0 + place + AHEAD, 0, 2);
+    __builtin_prefetch(w1 + place + AHEAD, 0, 2);
+    __builtin_prefetch(w2 + place + AHEAD, 0, 2);
+    __builtin_prefetch(w3 + place + AHEAD, 0, 2);
 #pragma GCC unroll 8
     for (int j = 0; j < 8 / BITS; ++j, x0 += 3 * WIDTH, x1 += 3 * WIDTH) {
       const __m512i w[CHANNELS] = {values<BITS>(_mm512_maskz_loadu_epi8(mask, w0 + place), j),
@@ -107,6 +107,10 @@ void dot_groups(const uint8_t* const* weights, int64_t channels, int64_t row_byt
 }  // namespace
 
 bool split_digits_avx512(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
+
+void split_bytes_avx512(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  split_bytes<WIDTH>(bytes, zero, bits, to);
+}
 
 void dot_digits_avx512(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
                        int64_t rows, float* sums) {

@@ -33,6 +33,7 @@ const Row kernels[] = {
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),
     split_digits_kernel.row(),
+    split_bytes_kernel.row(),
     dot_digits_kernel.row(),
     dot_kernel.row(),
     update_kernel.row(),

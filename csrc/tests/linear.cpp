@@ -42,6 +42,23 @@ std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Ran
   return found;
 }
 
+// Products of codes, which are exact.
+std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction dot, Random& random) {
+  const int bits = 1 << random.between(0, 2);
+  const int64_t columns = 8 * random.between(1, 512), row_bytes = columns / 8 * bits;
+  const int64_t groups = (columns + GROUP - 1) / GROUP;
+  const std::vector<uint8_t> packed = random.bytes(CHANNELS * row_bytes), bytes = random.bytes(columns);
+  std::vector<int8_t> digits(groups * GROUP * 3);
+  std::vector<int32_t> corrections(groups * 48);
+  std::vector<float> scales(groups * 3), sums(CHANNELS);
+  const Digits to{digits.data(), corrections.data(), scales.data(), columns};
+  split(bytes.data(), static_cast<int>(random.between(0, 128)), bits, to);
+  const uint8_t* weights[CHANNELS];
+  for (int64_t c = 0; c < CHANNELS; ++c) weights[c] = packed.data() + c * row_bytes;
+  dot(weights, CHANNELS, row_bytes, bits, &to, 1, sums.data());
+  return sums;
+}
+
 }  // namespace
 
 void check_linear(Agreement& agreement) {
@@ -50,6 +67,9 @@ void check_linear(Agreement& agreement) {
   });
   agreement.check(dot_digits_kernel, 200, [](DotDigitsFunction dot, Random& random) {
     return multiply(split_digits_kernel.pick(), dot, random);
+  });
+  agreement.check(split_bytes_kernel, 200, [](SplitBytesFunction split, Random& random) {
+    return multiply_bytes(split, dot_digits_kernel.pick(), random);
   });
   agreement.check(dot_kernel, 200, [](DotFunction dot, Random& random) {
     const int bits = static_cast<int>(random.between(1, 8));

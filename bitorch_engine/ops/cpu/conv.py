@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitorch_engine.ops.cpu import binary
+from bitorch_engine.ops.cpu import binary, linear
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
@@ -218,6 +218,9 @@ def conv(
     y = torch.empty_strided(shape, strides, dtype=x.dtype)
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
+    if linear.quantizes_one_row(x, weight_shape, w_bit):
+        kernel, structure = linear.quantized_row(scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape)
+        return y.fill_(math.nan) if kernel(ctypes.byref(structure), x.data_ptr(), y.data_ptr()) else y
     return problem.run(x, packed, channel_scale, y, scale, low, bias=bias, keep=True)
 
 
@@ -246,6 +249,9 @@ def plan(
     if found is None:
         return None
     problem, shape, strides = found
+    if linear.quantizes_one_row(x, weight_shape, w_bit):
+        one_row = linear.quantized_row(scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape)
+        return make_plan(*one_row, shape, strides, x.dtype, scale, low, packed, channel_scale, bias)
     weights, sums = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)
     structure = Planned(
         problem.address,

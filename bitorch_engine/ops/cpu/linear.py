@@ -1,7 +1,8 @@
 """Packed weights with float activations: a block of output channels at a time becomes float, never the whole weight."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ _linear_digits = function(
     "be_linear_digits", POINTER, INT64, *[POINTER] * 3, INT64, INT64, INT, *[POINTER] * 2, INT, result=INT64
 )
 _planned = planned("be_linear_planned")
+_codes = planned("be_linear_codes")
 
 _FEW = 8
 """Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
@@ -37,6 +39,58 @@ class _Planned(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("packed", "scale", "bias")),
         *((name, ctypes.c_int64) for name in ("channels", "columns", "bits", "threads")),
     )
+
+
+class _PlannedCodes(ctypes.Structure):
+    """PlannedCodes of csrc/linear/linear.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scale", "low", "packed", "factor", "bias")),
+        *((name, ctypes.c_int64) for name in ("channels", "columns", "bits", "x_bits", "threads")),
+    )
+
+
+_DEEPEST = 1 << 15
+"""Columns times the largest weight's size, up to which no sum of codes, of whatever part, goes beyond 2**24: so floats
+hold it exactly. The largest part is what a lane adds, 384 a product, and the correction of csrc/linear/digits.h."""
+
+
+def quantizes_one_row(x: Tensor, weight_shape: Sequence[int], w_bit: int) -> bool:
+    """Whether ``quantized_row`` has this product: of a linear layer and one row of float32."""
+    return (
+        len(weight_shape) == 2
+        and x.shape[0] == 1
+        and x.dtype is torch.float32
+        and x.is_contiguous()
+        and w_bit in (1, 2, 4)
+        and weight_shape[1] % 8 == 0
+        and 0 < weight_shape[1] << (w_bit - 1) <= _DEEPEST
+    )
+
+
+def quantized_row(
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    w_bit: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+) -> tuple[Any, ctypes.Structure]:
+    """A kernel, and what it reads besides x, for the integer product of a row. It reads the packed weight as it is."""
+    structure = _PlannedCodes(
+        scale.data_ptr(),
+        low.data_ptr(),
+        packed.data_ptr(),
+        channel_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        *weight_shape,
+        w_bit,
+        a_bit,
+        threads(),
+    )
+    return _codes, structure
 
 
 def linear_weight_only(

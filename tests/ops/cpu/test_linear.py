@@ -1,14 +1,17 @@
 """Packed weights with float activations agree with float64 products of the weights they stand for."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitorch_engine import ops
+from bitorch_engine import nBitLinear, ops
 from bitorch_engine.bits import bit_format, pack
 from bitorch_engine.ops import cpu
 from bitorch_engine.ops.cpu import linear
+from bitorch_engine.ops.reference import quantized_conv
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -153,3 +156,39 @@ def test_activations_that_are_not_finite_give_what_torch_gives(isa: str, bits: i
         found = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, 520)
     wanted = F.linear(x, weight.float())
     torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-5, atol=1e-5 * 2**bits)
+
+
+@each_isa
+@pytest.mark.parametrize("w_bit", [1, 2, 4])
+@pytest.mark.parametrize(("a_bit", "low"), [(1, -1), (3, 0), (4, -8), (8, 0), (8, -128)])
+@pytest.mark.parametrize(("channels", "columns"), [(1, 8), (37, 72), (6, 520), (19, 4096)])
+def test_one_quantized_row_is_exact(isa: str, channels: int, columns: int, a_bit: int, low: int, w_bit: int) -> None:
+    packed, channel_scale, weight = _weight(channels, columns, w_bit)
+    x, scale, bias = torch.randn(1, columns), torch.tensor(0.02 * 2 ** (8 - a_bit)), torch.randn(channels)
+    if columns > 500:  # the largest products and parts of sums that there are
+        index = torch.zeros(channels, columns, dtype=torch.uint8)
+        index[::2] = 2**w_bit - 1
+        packed, x[0, :500], x[0, 500:] = pack(index, w_bit), 100.0, 128 * float(scale)
+    fields: tuple[Any, ...] = ((), (), (), False, (), 1, ())
+    arguments = (scale, torch.tensor(float(low)), a_bit, packed, channel_scale.view(-1), w_bit, bias, weight.shape)
+    expected = quantized_conv.conv(x, *arguments, *fields)
+    with cpu.cap_isa(isa):
+        assert torch.equal(ops.conv(x, *arguments, *fields), expected)
+        x[0, 7] = float("nan")
+        assert ops.conv(x, *arguments, *fields).isnan().all()
+
+
+@each_isa
+def test_a_layer_of_quantized_activations_gives_for_one_row_what_it_gives_for_several(isa: str) -> None:
+    torch.manual_seed(0)
+    layer = nBitLinear(264, 37, w_bit=4, a_bit=8)
+    x = torch.randn(3, 264)
+    with cpu.cap_isa(isa), torch.no_grad():
+        layer(x)
+        layer.eval()
+        several = layer(x)
+        for _ in range(3):  # at first, then as planned
+            assert torch.equal(layer(x[1:2]), several[1:2])
+        layer.weight.copy_(layer.weight.dequantize().flip(0))
+        assert torch.equal(layer(x[1:2]), layer(x)[1:2])
+        assert layer(x[1:2] / 0).isnan().all()
