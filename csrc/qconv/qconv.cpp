@@ -53,7 +53,7 @@ constexpr int64_t MOST_ROWS = 4 * ROWS;  // where totals become results at once;
 struct Places {
   Line lines[MOST_ROWS];
   Stretch stretches[MOST_ROWS];
-  int64_t line_count, stretch_count;
+  int64_t line_count, stretch_count, rows;
 };
 
 // The result pixels of one phase, all samples in a row.
@@ -63,25 +63,27 @@ struct Pixels {
 
   int64_t count() const { return call.product.batch * phase.count[0] * phase.count[1] * phase.count[2]; }
 
-  // The places of pixels first .. first + n - 1. The first channel of the results is at `out`.
+  // The places of pixels from `first` on, at most `most`, before `last_pixel`. The results have their first channel at `out`.
   // gap: 0, or so many pixels after each line, which have no results, are taken along: the lines of a plane are one then.
-  void locate(int64_t first, int64_t n, int64_t gap, uint8_t* out, Places& places) const {
+  // places.rows counts those too. Returns the pixel where it ended.
+  int64_t locate(int64_t first, int64_t last_pixel, int64_t most, int64_t gap, uint8_t* out, Places& places) const {
     const Product& p = call.product;
     const int64_t *c = phase.count, *s = p.base_step;
     int64_t x = first % c[2], rest = first / c[2];
     int64_t y = rest % c[1];
     rest /= c[1];
     int64_t z = rest % c[0], sample = rest / c[0];
-    places.line_count = places.stretch_count = 0;
+    places.line_count = places.stretch_count = places.rows = 0;
     bool joined = false;
-    while (n > 0) {
+    while (first < last_pixel && places.rows + (joined ? gap : 0) < most) {
       const int64_t line = (sample * p.padded[0] + z * s[0] + p.before[0]) * p.padded[1] + y * s[1] + p.before[1];
       const int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
                             (phase.first[1] + y * p.result_step[1]) * call.out_step[1] +
                             (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
       const float* sample_factor = call.sample_factor ? call.sample_factor + sample : nullptr;
-      const int64_t count = std::min(n, c[2] - x);
+      const int64_t count = std::min({last_pixel - first, c[2] - x, most - places.rows - (joined ? gap : 0)});
       if (joined) {
+        places.rows += gap;
         places.lines[places.line_count - 1].count += gap + count;
         places.stretches[places.stretch_count++] = {gap, nullptr, 0, nullptr};
       } else {
@@ -95,7 +97,8 @@ struct Pixels {
         last->count += count;
       else
         places.stretches[places.stretch_count++] = next;
-      n -= count;
+      first += count;
+      places.rows += count;
       x = 0;
       joined = gap > 0 && y + 1 < c[1];
       if (++y < c[1]) continue;
@@ -104,6 +107,7 @@ struct Pixels {
       z = 0;
       ++sample;
     }
+    return first;
   }
 };
 
@@ -131,16 +135,16 @@ struct Reads {
 };
 
 // How the matrix unit reads pixels: 64 bytes each of up to 16 that are equally far apart. A tile of fewer rows takes
-// almost as much less time: a line of pixels is cut into equal runs. Where lines are so short that most of a tile would
-// be empty, the padding between two of them is multiplied too, and lines are joined: seven pixels by two, which is less
-// work than to gather, and reads the image from the L1 cache. Where padding is more than a quarter, or the depth is not
-// whole, the bytes that a pixel reads are gathered into one row first.
+// almost as much less time: a line of pixels is cut into equal runs. Where fewer runs come of it, the padding between two
+// lines is multiplied too, and they are joined: 56 pixels by two are cut into 16, not 14, and 7 by two into 16, not 7.
+// Where lines are short and padding is more than a quarter, or the depth is not whole, the bytes that a pixel reads are
+// gathered into one row first.
 struct Runs {
   static constexpr int64_t LONGEST = 16, SHORTEST = 11;
   bool used, gather = false;
   int64_t longest = LONGEST, step;
   int64_t gap = 0;      // see Pixels::locate
-  int64_t rows = ROWS;  // pixels handled at a time
+  int64_t rows = ROWS;  // handled at a time
 
   Runs(const Product& p, const Phase& phase, const Reads& reads) : used(current_isa() == AMX) {
     const int64_t* c = phase.count;
@@ -148,20 +152,20 @@ struct Runs {
     step = p.base_step[2] * p.pixel_bytes();
     if (!used) return;
     const bool even = width * p.base_step[2] == lines_apart, seamless = even && width == c[2];
-    const bool is_short = !seamless && equal(c[2], 1) < SHORTEST;
-    const bool dense = even && c[1] > 1 && 4 * c[2] >= 3 * width;
-    gather = reads.depth % DEPTH != 0 || (is_short && !dense);
-    if (is_short && !gather) gap = width - c[2];
+    const int64_t plane = c[1] * width - (width - c[2]);  // with what is between its lines
+    const bool joins = even && !seamless && 4 * c[2] >= 3 * width && fewest(plane, 1) < c[1] * fewest(c[2], 1);
+    gather = reads.depth % DEPTH != 0 || (!seamless && !joins && equal(c[2], 1) < SHORTEST);
+    if (joins && !gather) gap = width - c[2];
     if (gather || seamless) longest = equal(p.batch * c[0] * c[1] * c[2], 2);
-    else longest = gap > 0 ? equal(c[1] * width - gap, 2) : equal(c[2], 1);
+    else longest = gap > 0 ? equal(plane, 2) : equal(c[2], 1);
     // Pairs of runs. The matrix unit is busy with the next ones while some become results, but for the last.
     rows = (gather ? ROWS : MOST_ROWS) / (2 * longest) * (2 * longest);
-    if (gap > 0) rows = (MOST_ROWS / width - 2) * c[2];
   }
 
-  // The length of runs that `pixels` are cut into, as few as can be but a multiple of `unit`.
+  // The number of runs that `pixels` are cut into, a multiple of `unit`, and their length.
+  static int64_t fewest(int64_t pixels, int64_t unit) { return (pixels + unit * LONGEST - 1) / (unit * LONGEST) * unit; }
   static int64_t equal(int64_t pixels, int64_t unit) {
-    const int64_t runs = (pixels + unit * LONGEST - 1) / (unit * LONGEST) * unit;
+    const int64_t runs = fewest(pixels, unit);
     return (pixels + runs - 1) / runs;
   }
 
@@ -198,7 +202,7 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
 
   constexpr int64_t STEP = COLUMNS / BLOCK;
   // Where all pixels are handled at once, nothing is gained by more blocks than they are multiplied with together.
-  const bool once = last_pixel - first_pixel <= runs.rows;
+  const bool once = (last_pixel - first_pixel) * (phase.count[2] + runs.gap) <= runs.rows * phase.count[2];
   const int64_t most_blocks = once ? STEP : panel_bytes() / std::max<int64_t>(block_bytes, 1) & ~(STEP - 1);
   const int64_t panel_blocks = std::max(STEP, most_blocks);
   const bool packed = call.bits != 8;
@@ -218,7 +222,7 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
   const uint8_t* const image = call.image + group * p.image_depth;
   Tile tile{rows, 0, reads.offsets.get(), reads.taps, reads.depth, nullptr, block_bytes, 0, totals, lengths, 0,
             call.pairs, &results, &setup};
-  int64_t located = -1;
+  int64_t located = -1, next = first_pixel;
   if (runs.gather) {
     tile.offsets = &one_tap;
     tile.taps = 1;
@@ -233,11 +237,11 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
       decode(call.weights + start / 8 * call.bits, (b1 - b0) * block_bytes, call.bits, panel.get());
       weights = panel.get();
     }
-    for (int64_t first = first_pixel; first < last_pixel; first += runs.rows) {
+    for (int64_t first = first_pixel; first < last_pixel; first = next) {
       if (first != located) {
         located = first;
-        tile.count = std::min(runs.rows, last_pixel - first);
-        pixels.locate(first, tile.count, runs.gap, first_out, places);
+        next = pixels.locate(first, last_pixel, runs.rows, runs.gap, first_out, places);
+        tile.count = places.rows;
         if (runs.used) tile.run_count = runs.cut(places, lengths);
         for (int64_t i = 0, row = 0; i < places.line_count; ++i)
           for (int64_t k = 0; k < places.lines[i].count; ++k) rows[row++] = image + places.lines[i].base + k * runs.step;
