@@ -45,30 +45,36 @@ inline int64_t group_columns(int64_t left, int64_t vector) {
   return left < GROUP ? (left + vector - 1) / vector * vector : GROUP;
 }
 
+// Of four, as signed numbers.
+inline int32_t sum_of_bytes(const int8_t* bytes) {
+  uint32_t word;
+  std::memcpy(&word, bytes, 4);
+  const auto top = [](uint32_t x) { return static_cast<int32_t>(x) >> 24; };
+  return top(word) + top(word << 8) + top(word << 16) + top(word << 24);
+}
+
 // A group of integers as digits. Returns where the next group's begin.
 template <int64_t WIDTH, int64_t PER_BYTE>
 int8_t* put_digits(const int32_t* q, int64_t count, int8_t* out, int32_t* corrections) {
   alignas(64) int8_t digits[3][GROUP];
-  int32_t low_sum = 0, middle_sum = 0, high_sum = 0;
   for (int64_t k = 0; k < count; ++k) {
     const int32_t above = (q[k] + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
-    const int32_t middle = above - high * 256, low = q[k] - above * 256;
-    digits[0][k] = static_cast<int8_t>(low);
-    digits[1][k] = static_cast<int8_t>(middle);
+    digits[0][k] = static_cast<int8_t>(q[k] - above * 256);
+    digits[1][k] = static_cast<int8_t>(above - high * 256);
     digits[2][k] = static_cast<int8_t>(high);
-    low_sum += low;
-    middle_sum += middle;
-    high_sum += high;
   }
-  const int32_t lowest = lowest_code(8 / PER_BYTE);
-  std::memset(corrections, 0, 48 * sizeof(int32_t));
-  corrections[0] = low_sum * lowest;
-  corrections[16] = middle_sum * lowest;
-  corrections[32] = high_sum * lowest;
+  // Every lane is corrected by itself: what cancels must do so before it is rounded.
+  int32_t sums[3][WIDTH / 4] = {};
   for (int64_t byte = 0; byte < count / PER_BYTE; byte += WIDTH)
     for (int64_t j = 0; j < PER_BYTE; ++j)
-      for (int d = 0; d < 3; ++d, out += WIDTH)
+      for (int d = 0; d < 3; ++d, out += WIDTH) {
         for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][(byte + i) * PER_BYTE + j];
+        for (int64_t i = 0; i < WIDTH / 4; ++i) sums[d][i] += sum_of_bytes(out + 4 * i);
+      }
+  const int32_t lowest = lowest_code(8 / PER_BYTE);
+  std::memset(corrections, 0, 48 * sizeof(int32_t));
+  for (int d = 0; d < 3; ++d)
+    for (int64_t i = 0; i < WIDTH / 4; ++i) corrections[16 * d + i] = sums[d][i] * lowest;
   return out;
 }
 

@@ -26,7 +26,7 @@ static inline bool has_whole_values(int bits) { return bits == 1 || bits == 2 ||
 // One row of activations, as a kernel with vectors of `width` bytes reads it. Of every group:
 //   digits       [vector of `width` packed bytes][position of a value in its byte][low, middle, high][width]
 //                of the last group only those vectors that have columns
-//   corrections  [low, middle, high][16]: the lowest code times the sum of the digits, in the first lane
+//   corrections  [low, middle, high][16]: the lowest code times the sum of the digits that a 32-bit lane adds
 //   scales       s, s * 256, s * 65536
 struct Digits {
   int8_t* digits;

@@ -51,8 +51,9 @@ class _PlannedCodes(ctypes.Structure):
 
 
 _DEEPEST = 1 << 15
-"""Columns times the largest weight's size, up to which no sum of codes, of whatever part, goes beyond 2**24: so floats
-hold it exactly. The largest part is what a lane adds, 384 a product, and the correction of csrc/linear/digits.h."""
+"""Columns times the largest weight's size, up to which no sum of digits of codes goes beyond 2**24: floats hold it.
+
+A code less its zero point has a low digit of at most 128 and a middle one of at most 1, which counts 256."""
 
 
 def quantizes_one_row(x: Tensor, weight_shape: Sequence[int], w_bit: int) -> bool:

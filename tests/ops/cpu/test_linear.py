@@ -120,6 +120,16 @@ def test_large_activations_whose_weights_are_zero(isa: str, bits: int, columns: 
 
 
 @each_isa
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_activations_of_one_sign_lose_nothing_to_the_lowest_code(isa: str, bits: int) -> None:
+    packed, scale, weight = _weight(137, 4096, bits)
+    x = torch.rand(3, 4096) + 1
+    with cpu.cap_isa(isa):
+        ours, theirs = _errors(ops.linear_weight_only(x, packed, scale.view(-1), bits, None, 4096), x, weight)
+    assert ours <= 2 * theirs
+
+
+@each_isa
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize(("rows", "channels", "columns"), [(9, 137, 1032), (21, 64, 520), (16, 3, 4104), (33, 5, 8)])
 def test_more_rows_of_which_some_are_multiplied_as_floats(
