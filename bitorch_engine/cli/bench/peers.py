@@ -198,7 +198,7 @@ def _onnx_int4(rows: int, out_features: int, in_features: int, block: int, copie
     from onnx import TensorProto, numpy_helper
 
     random = np.random.default_rng(0)
-    blocks = in_features // block
+    blocks = -(-in_features // block)
     weight = random.integers(0, 255, (out_features, blocks, block // 2)).astype(np.uint8)
     scales = random.random(out_features * blocks).astype(np.float32)
     constants = [numpy_helper.from_array(value, name) for name, value in (("w", weight), ("scales", scales))]
