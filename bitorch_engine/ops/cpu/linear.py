@@ -24,7 +24,7 @@ _codes = planned("be_linear_codes")
 _FEW = 8
 """Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
 
-_DIGIT_ROWS = {"avx2": 16, "avx512": 256, "amx": 256}
+_DIGIT_ROWS = {"avx2": 16, "avx512": 64, "amx": 64}
 """Rows of float32 up to which products of bytes are faster, where activations are digits (csrc/linear/linear.h)."""
 
 BLOCK = 1 << 19
