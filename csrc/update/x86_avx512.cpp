@@ -87,7 +87,7 @@ struct Plane {
     const __m512i groups = _mm512_ternarylogic_epi64(quads, _mm512_srl_epi64(quads, upper_shift), low_half, 0xE4);
     store(at, _mm512_permutexvar_epi8(collect, groups));
   }
-  // Not by one masked store: the next block's loads would overlap with what it leaves alone, and wait until it is done.
+  // Not by one masked store: the next block's loads would overlap with what it leaves alone, and may wait until it is done.
   void store(uint8_t* at, __m512i x) const {
     __m256i part = _mm512_castsi512_si256(x);
     if (bits & 4) {
