@@ -27,8 +27,6 @@ _planned = planned("be_binary_planned")
 
 _DEEPEST = 1 << 22  # products a result: float32 holds every total
 _FEWEST = 12  # channels of a group: with fewer, most of a 32-bit word is empty, and bytes are faster on every ISA
-_FEW = 32  # result pixels: with fewer, AMX takes longer to spread the weights out to bytes than it saves
-_DEEPEST_BYTES = 1 << 16  # what csrc/qconv/ takes
 
 _Strides = ctypes.c_int64 * 5
 
@@ -52,23 +50,6 @@ def suits(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[i
     """Whether this is the kernel for activations of ``shape`` and that geometry."""
     _, _, _, transposed, *_ = fields
     return a_bit == 1 and w_bit == 1 and not transposed and weight_shape[1] >= _FEWEST
-
-
-def suits_inference(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[int], *fields: Any) -> bool:
-    """The same where the weight's order is kept from call to call: AMX multiplies bytes in a third of the time."""
-    if not suits(shape, a_bit, w_bit, weight_shape, *fields):
-        return False
-    return current_isa() != "amx" or not _suits_bytes(tuple(shape), tuple(weight_shape), hashable(fields))
-
-
-@lru_cache(maxsize=1024)
-def _suits_bytes(shape: tuple[int, ...], weight_shape: tuple[int, ...], fields: tuple[Any, ...]) -> bool:
-    c = Convolution(*fields)
-    out = c.output_shape(shape, weight_shape)
-    deepest = max(shape[1], out[1]) // c.groups * prod(weight_shape[2:])
-    # Of other channels, what a pixel reads is gathered first, which only many results make up for.
-    worth_it = weight_shape[1] % 64 == 0 or out[1] // c.groups >= 128
-    return worth_it and deepest < _DEEPEST_BYTES and prod(out) >= _FEW * out[1]
 
 
 def suits_pairs(shape: Sequence[int], a_bit: int, w_bit: int, weight_shape: Sequence[int], *fields: Any) -> bool:
@@ -193,7 +174,7 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
-    """The op ``conv`` for what ``suits_inference``, or ``suits_pairs``."""
+    """The op ``conv`` for what ``suits``, or ``suits_pairs``."""
     dtype = x.dtype
     if a_bit == 2:
         key = (tuple(x.shape), tuple(weight_shape), hashable(fields))
@@ -218,7 +199,7 @@ def plan(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Plan | None:
-    """A plan of ``conv`` for what ``suits_inference``."""
+    """A plan of ``conv`` for what ``suits``."""
     problem = _problem(x.shape, tuple(weight_shape), hashable(fields), x.dtype, x.stride(), x.dtype, threads())
     if problem is None:
         return None

@@ -196,7 +196,7 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
-    suits = binary.suits_inference if a_bit == 1 else binary.suits_pairs
+    suits = binary.suits if a_bit == 1 else binary.suits_pairs
     if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
         return binary.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     found = _problem(
@@ -242,7 +242,7 @@ def plan(
     if a_bit == w_bit <= 2:
         if binary.suits_pairs(x.shape, a_bit, w_bit, weight_shape, *fields):
             return None  # it quantizes first, in a call of its own
-        if binary.suits_inference(x.shape, a_bit, w_bit, weight_shape, *fields):
+        if binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
             return binary.plan(x, scale, low, packed, channel_scale, bias, weight_shape, *fields)
     key = (_FLOATS, x.shape, tuple(weight_shape), hashable(fields), x.stride())
     found = _problem(*key, a_bit, w_bit, x.dtype, x.dtype, None, threads())

@@ -320,21 +320,6 @@ def test_the_op_takes_this_kernel_for_signs_only() -> None:
     assert not binary.suits(rgb.shape, 1, 1, *rgb.geometry)
 
 
-@pytest.mark.skipif("amx" not in cpu.available_isas(), reason="this processor has no AMX")
-def test_with_amx_signs_are_bytes_where_that_pays_and_fits() -> None:
-    case, linear = CASES["3x3"], CASES["linear"].geometry[1:]
-    with cpu.cap_isa("amx"):
-        assert not binary.suits_inference(case.shape, 1, 1, *case.geometry)
-        assert not binary.suits_inference((32, 64, 1), 1, 1, [40, 64, 1], *linear)
-        assert binary.suits_inference((31, 64, 1), 1, 1, [40, 64, 1], *linear)
-        assert binary.suits_inference((32, 96, 1), 1, 1, [127, 96, 1], *linear)
-        assert not binary.suits_inference((32, 96, 1), 1, 1, [128, 96, 1], *linear)
-        assert not binary.suits_inference((32, 65472, 1), 1, 1, [40, 65472, 1], *linear)
-        assert binary.suits_inference((32, 65536, 1), 1, 1, [40, 65536, 1], *linear)
-    with cpu.cap_isa("avx512"):
-        assert binary.suits_inference(case.shape, 1, 1, *case.geometry)
-
-
 def test_the_op_is_registered_as_torch_wants() -> None:
     o = layer(CASES["3x3"])
     x, low = channels_last(torch.randn(o.case.shape)), torch.tensor(-1.0)
