@@ -69,15 +69,17 @@ class FoldedBatchNorm(nn.Identity):
     With another rank than the one here, BatchNorm would not have normalized the channels of the layer before: an error.
     """
 
-    def __init__(self, dimensions: int) -> None:
+    def __init__(self, dimensions: int, name: str) -> None:
         super().__init__()
-        self.dimensions = dimensions
+        self.dimensions, self.name = dimensions, name
 
     def forward(self, input: Tensor) -> Tensor:
         # torch._assert, unlike raise, can be traced by torch.fx.
         torch._assert(
             input.dim() == self.dimensions,
-            f"a BatchNorm was folded into the layer before, for outputs of {self.dimensions} dimensions.",
+            f"the BatchNorm {self.name!r} was folded into the layer before it, for inputs of {self.dimensions} "
+            "dimensions. Do not fold it for a model that gives it others: fuse_batch_norm_(model, pairs=[...]) folds "
+            "only those BatchNorms that it names.",
         )
         return input
 
@@ -104,6 +106,7 @@ def fuse_batch_norm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | Non
         )
     reports = _traced(model) if pairs is None else _named(model, list(pairs))
     modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
     with torch.no_grad():
         folds = []
         for report in reports:
@@ -117,7 +120,7 @@ def fuse_batch_norm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | Non
                 folds.append((layer, norm, factor, bias))
         for layer, norm, factor, bias in folds:
             _fold_(layer, factor, bias)
-            _replace_(model, norm, _stand_in(layer, norm))
+            _replace_(model, norm, _stand_in(layer, norm, names[norm]))
     return FusionReport(reports)
 
 
@@ -184,6 +187,8 @@ def _named(model: nn.Module, pairs: list[tuple[str, str]]) -> list[NormReport]:
     owners = _owners(model)
     layers: dict[nn.Module, str] = {}
     for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"pairs must be a list of pairs of names, [('conv1', 'bn1'), ...]; {pair!r} is no pair.")
         if unknown := [name for name in pair if name not in modules]:
             raise ValueError(f"{unknown[0]!r} is no module of the model; pairs are names of a layer and a BatchNorm.")
         layer, norm = (modules[name] for name in pair)
@@ -270,9 +275,9 @@ def _fold_(layer: nn.Module, factor: Tensor, bias: Tensor) -> None:
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
 
 
-def _stand_in(layer: nn.Module, norm: nn.Module) -> nn.Module:
+def _stand_in(layer: nn.Module, norm: nn.Module, name: str) -> nn.Module:
     dimensions = _dimensions(layer)
-    stand_in = nn.Identity() if _DIMENSIONS[type(norm)] == (dimensions,) else FoldedBatchNorm(dimensions)
+    stand_in = nn.Identity() if _DIMENSIONS[type(norm)] == (dimensions,) else FoldedBatchNorm(dimensions, name)
     return stand_in.eval()
 
 

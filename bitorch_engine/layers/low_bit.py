@@ -149,6 +149,7 @@ class LowBitLayer(nn.Module):
 
     def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
         """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
+        check_floats(x)
         # Module.__getattr__ takes as long as a small kernel.
         activation: Any = self._modules.get("activation")
         packed = self._parameters.get("weight")
@@ -229,6 +230,12 @@ _MOST_PLANS = 64
 def transposed_groups(layer: nn.Module) -> int:
     """The groups of a transposed convolution, float or low-bit; 0 for every other layer."""
     return int(layer.groups) if getattr(layer, "transposed", False) else 0  # type: ignore[arg-type]
+
+
+def check_floats(x: Tensor) -> None:
+    """Raise TypeError for an input of integers, whose dtype the result would have."""
+    if not x.is_floating_point():
+        raise TypeError(f"the input must be floating point, got {x.dtype}; convert it: x.to(torch.float32).")
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_a_linear_layer_of_any_kind_folds_for_rows(x):
         with torch.no_grad():
             folded, _ = assert_folded(randomize_(nn.Sequential(linear, nn.BatchNorm1d(7))), x, ["1"])
     # (N, 7, 7): BatchNorm1d would have normalized dimension 1, which is not the layer's channels.
-    with pytest.raises(AssertionError, match="for outputs of 2 dimensions"):
+    with pytest.raises(AssertionError, match="for inputs of 2 dimensions.*pairs="):
         folded(torch.randn(2, 7, 6))
     assert be.fuse_batch_norm_(folded) == FusionReport([])
 
@@ -275,6 +275,7 @@ def test_pairs_that_are_named_are_folded_where_the_model_cannot_be_traced():
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
+        (("conv1", "norm1"), "list of pairs of names.*'conv1' is no pair"),
         ([("conv1", "norm9")], "'norm9' is no module of the model"),
         ([("conv1", "conv2")], "a Conv2d is no BatchNorm"),
         ([("norm1", "norm2")], "a BatchNorm2d is neither a convolution nor a linear layer"),

@@ -340,3 +340,10 @@ def test_a_cap_holds_for_plans_made_before(name: str, isa: str) -> None:
     layer, x = in_use(name)
     with cpu.cap_isa(isa), torch.no_grad():
         torch.testing.assert_close(layer(x), without_plans(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_integers_are_refused(name: str) -> None:
+    layer, x = in_use(name)
+    for record in (True, False):
+        with torch.set_grad_enabled(record), pytest.raises((TypeError, RuntimeError), match="float|Float|type"):
+            layer(x.round().long())

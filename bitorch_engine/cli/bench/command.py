@@ -69,6 +69,11 @@ def show(results: list[Result], threads: int) -> None:
     for row in table(verdicts(results)):
         shown.add_row(*row)
     console.print(shown)
+    console.print(
+        "must, aim: what the project wants to reach on a core with AVX-512, at every shape and in the mean. A row that "
+        "says MISSED may still be far ahead of the peer.",
+        style="dim",
+    )
     for result in results:
         if result.missing:
             console.print(f"Not measured: {result.work} {result.shape}: {result.missing}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitorch_engine import ops
-from bitorch_engine.layers.low_bit import LowBitLayer, in_autocast_dtype
+from bitorch_engine.layers.low_bit import LowBitLayer, check_floats, in_autocast_dtype
 from bitorch_engine.layers.qlinear.function import WeightOnlyLinear
 from bitorch_engine.layers.weight_access import WeightAccess
 from bitorch_engine.parameters import PackedParameter
@@ -41,6 +41,7 @@ class nBitLinear(LowBitLayer, nn.Linear):
                 f"the input's last dimension must have in_features (={self.in_features}) elements, got "
                 f"{tuple(input.shape)}."
             )
+        check_floats(input)
         if self.a_bit is None and self.g_bit is None:
             return self._multiply_float(in_autocast_dtype(input))
         if input.dim() == 2:
