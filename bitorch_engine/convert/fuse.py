@@ -271,7 +271,9 @@ def _fold_(layer: nn.Module, factor: Tensor, bias: Tensor) -> None:
     else:
         groups = transposed_groups(layer)
         geometry = ops.Convolution((), (), (), groups > 0, (), max(1, groups))
-        weight.copy_(weight * geometry.per_output_channel(factor, weight.shape))
+        folded = weight * geometry.per_output_channel(factor, weight.shape)
+        # The memory of the old one may be another layer's too.
+        layer.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
 
 

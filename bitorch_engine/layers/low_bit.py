@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,8 @@ class LowBitLayer(nn.Module):
     parameter_class: ClassVar[type[PackedParameter]] = PackedParameter
     weight: Tensor
     activation: ActivationQuantizer | None
-    _plans: dict[tuple[Any, ...], ops.Plan]
+    _plans: Mapping[tuple[Any, ...], ops.Plan] = MappingProxyType({})
+    _planned_weight: tuple[Tensor, int] | None = None
 
     def __init__(
         self,
@@ -108,8 +110,8 @@ class LowBitLayer(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def planned(self, x: Tensor, output_padding: tuple[int, ...] = ()) -> Tensor | None:
-        """The result for what ``multiply`` or ``multiply_float`` may take, where no gradient is recorded and it was
-        called before with such an ``x``: at small sizes looking things up takes longer than the kernel. Else None."""
+        """The result where no gradient is recorded and the layer was called before with such an ``x``; else None. At
+        small sizes looking things up takes longer than the kernel."""
         if not ops.unobserved() or not ops.is_plain(x) or torch.is_autocast_enabled("cpu"):
             return None
         plans = self._plans
@@ -131,21 +133,28 @@ class LowBitLayer(nn.Module):
         if packed is not None:
             y = plan(x, scale, low, packed, weight.channel_scale, parameters.get("bias"))
         if y is None:  # something was written or replaced
-            plans.clear()
+            self._forget_plans()
         return y
 
-    def _remember(self, plan: ops.Plan | None, x: Tensor, output_padding: Sequence[int] = ()) -> None:
+    def _remember(self, plan: ops.Plan | None, x: Tensor, packed: Tensor, output_padding: Sequence[int] = ()) -> None:
+        """Keep a plan, and those that were made of the same weight: they hold it in a kernel's order."""
         if plan is not None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            self._plans[x.shape, x.stride(), x.dtype, tuple(output_padding)] = plan
+            made_of = self._planned_weight
+            same = made_of is not None and made_of[0] is packed and made_of[1] == packed._version
+            kept = dict(self._plans) if same and len(self._plans) < _MOST_PLANS else {}
+            kept[x.shape, x.stride(), x.dtype, tuple(output_padding)] = plan
+            self.__dict__["_plans"], self.__dict__["_planned_weight"] = kept, (packed, packed._version)
+
+    def _forget_plans(self) -> None:
+        self.__dict__.pop("_plans", None)
+        self.__dict__.pop("_planned_weight", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self.__dict__["_plans"] = {}  # which know the attributes
+        self._forget_plans()  # they know the attributes
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plans": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plans", "_planned_weight")}
 
     def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
         """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
@@ -188,7 +197,7 @@ class LowBitLayer(nn.Module):
             weight.shape,
             *geometry,
         )
-        self._remember(ops.plan("conv", *arguments), x, geometry.output_padding)
+        self._remember(ops.plan("conv", *arguments), x, weight.packed, geometry.output_padding)
         return ops.conv(*arguments)
 
     def extra_repr(self) -> str:

@@ -347,10 +347,11 @@ BE_EXPORT int be_binary_has(const Geometry* g, int bits) {
   return bits == 1 || lookup_for(*g, bits, table_of(bits, 0)) != nullptr;
 }
 
-// low: of the activation, at 2 bits. out, dense: float(total) * (channel_scale * *scale) + bias. bias, poison: null for none. Where a float is not finite,
-// or *poison is NaN, all of it is NaN.
+// low: of the activation, at 2 bits. out, dense: float(total) * (channel_scale * *scale) + bias. bias, poison: null for
+// none. Where a float is not finite, or *poison is NaN, all of it is NaN.
 BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const float* scale, const float* low,
-                              const uint32_t* weights, const float* channel_scale, const float* bias, const float* poison, void* out) {
+                              const uint32_t* weights, const float* channel_scale, const float* bias,
+                              const float* poison, void* out) {
   Geometry g = a->geometry;
   const lookup::Table& table = table_of(a->bits, *low);
   const int32_t per_tap = tap_total(g.in_channels / g.groups, a->bits, *low, table);

@@ -31,8 +31,9 @@ struct Piece {
 };
 
 // A group of CHANNELS rows of weights, of which `left` bytes are there, times those of ROWS of activations, to 16 partial
-// sums each; those of the next row of activations lie `stride` behind. The accumulators of four channels and two rows fill the registers: they stay there only in a function that
-// is nothing but this loop, and if bytes that were loaded for one place are not kept for the next.
+// sums each; those of the next row of activations lie `stride` behind. The accumulators of four channels and two rows
+// fill the registers: they stay there only in a function that is nothing but this loop, and if bytes that were loaded for
+// one place are not kept for the next.
 template <int BITS, int ROWS>
 __attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t start, int64_t left, const Piece* x,
                                          float* sums, int64_t stride) {

@@ -59,8 +59,8 @@ Quantized quantize(__m512 x, const Rule& rule, __mmask16& odd) {
 // lanes back in order.
 __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d, __m512i added) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(a, b), added);
-  const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(c, d), added);
+  const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(a, b), added);
+  const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(c, d), added);
   return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
 }
 
@@ -210,8 +210,8 @@ bool quantize_plane_blocks(const void* x, int64_t channel_stride, int64_t pixels
           }
         }
         if (sign) continue;
-        const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(code[0], code[1]), rule.zero);
-        const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(code[2], code[3]), rule.zero);
+        const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(code[0], code[1]), rule.zero);
+        const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(code[2], code[3]), rule.zero);
         bytes[j] = _mm512_shuffle_epi8(_mm512_packus_epi16(low, high), turn);
       }
       store_block(bytes, out + p * out_stride + c, out_stride, wide, deep);

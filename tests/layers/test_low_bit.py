@@ -347,3 +347,31 @@ def test_integers_are_refused(name: str) -> None:
     for record in (True, False):
         with torch.set_grad_enabled(record), pytest.raises((TypeError, RuntimeError), match="float|Float|type"):
             layer(x.round().long())
+
+
+def test_a_written_weight_is_forgotten_in_every_shape(name: str) -> None:
+    layer, x = in_use(name)
+    with torch.no_grad():
+        for batch in (x, x[:1], torch.cat([x, x])):
+            layer(batch)
+        assert len(layer._plans) == 3
+        layer.weight.packed.bitwise_not_()
+        layer(torch.cat([x, x[:1]]))
+    assert len(layer._plans) == 1  # a plan holds the weight in a kernel's order
+
+
+def test_a_subclass_wraps_an_input_of_more_dimensions_once() -> None:
+    class Doubled(be.nBitLinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    layer = Doubled(6, 5, a_bit=8)
+    x = torch.randn(2, 3, 6)
+    layer(x)
+    torch.testing.assert_close(layer(x), layer(x.flatten(0, 1)).view(2, 3, 5))
+
+
+def test_a_bias_that_becomes_one_number_for_all_is_no_longer_planned() -> None:
+    layer, x = in_use("linear")
+    layer.bias.data = layer.bias.data[:1].expand(layer.bias.shape)
+    check(layer, x)

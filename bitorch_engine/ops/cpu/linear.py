@@ -198,7 +198,8 @@ def _suits(few: int, bits: int, columns: int) -> bool:
 
 
 def _suit_digits(rows: int, bits: int, columns: int) -> bool:
-    return bits in (1, 2, 4) and columns % 8 == 0 and rows <= _DIGIT_ROWS.get(current_isa(), 0)
+    fits = bits in (1, 2, 4) and columns % 8 == 0 and columns >= 128  # FEWEST_COLUMNS of csrc/linear/linear.cpp
+    return fits and rows <= _DIGIT_ROWS.get(current_isa(), 0)
 
 
 def _few_rows(

@@ -78,6 +78,7 @@ def make_plan(
             or low_now is not low
             or bias_now is not bias
             or (bias is not None and (bias.data_ptr() != bias_place or bias.dtype is not float32))
+            or not (channel_scale.is_contiguous() and (bias is None or bias.is_contiguous()))
             or thread_count() != count
         ):
             return None

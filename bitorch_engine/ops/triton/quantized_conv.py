@@ -182,9 +182,11 @@ def _is_narrow(shape: Sequence[int], weight_shape: Sequence[int], c: Convolution
 
 def _is_pointwise(shape: Sequence[int], weight_shape: Sequence[int], c: Convolution) -> bool:
     """Whether each result needs one pixel, and few programs need the same: then these quantize it, and no image of it
-    is written and read. Pixels of a multiple of 16 channels, which are loaded in words."""
+    is written and read. Pixels of 32 channels and more, the depth of a product, and of a multiple of 16: whole words.
+    """
     one_tap = prod(weight_shape[2:]) == 1 and not any(c.padding) and not any(c.pad) and not c.transposed
-    return one_tap and c.groups == 1 and shape[1] % 16 == 0 and weight_shape[0] <= _MOST_QUANTIZED
+    channels = shape[1]
+    return one_tap and c.groups == 1 and channels >= 32 and channels % 16 == 0 and weight_shape[0] <= _MOST_QUANTIZED
 
 
 def _in_order(out: Tensor, channels_last: bool) -> Tensor:

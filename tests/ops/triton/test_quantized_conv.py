@@ -14,6 +14,7 @@ CASES = {
     "3x3": Case((2, 20, 3, 4), (18, 20, 3, 3), padding=(1,)),
     "3x3-of-64-channels": Case((1, 64, 3, 3), (33, 64, 3, 3), padding=(1,)),
     "1x1-strided": Case((2, 36, 3, 4), (5, 36, 1, 1), stride=(2,)),
+    "1x1-of-16-channels": Case((2, 16, 3, 2), (5, 16, 1, 1)),
     "1x1-strided-of-48-channels": Case((2, 48, 3, 4), (5, 48, 1, 1), stride=(2,)),
     "rgb": Case((1, 3, 5, 4), (5, 3, 3, 3), stride=(2,), padding=(1,)),
     "dilated": Case((1, 5, 5, 7), (7, 5, 3, 2), stride=(2, 3), padding=(2, 1), dilation=(2, 3)),
@@ -75,7 +76,20 @@ def test_the_product_of_codes_is_that_of_torch(case: Case, device: torch.device)
 
 
 @pytest.mark.usefixtures("no_reference")
-@pytest.mark.parametrize("name", ["3x3", "rgb", "depthwise", "padding-that-differs", "3d", "transposed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "3x3",
+        "1x1-of-16-channels",
+        "1x1-strided-of-48-channels",
+        "linear",
+        "rgb",
+        "depthwise",
+        "padding-that-differs",
+        "3d",
+        "transposed",
+    ],
+)
 def test_floats_are_quantized_on_the_way(name: str, device: torch.device) -> None:
     case = CASES[name]
     o = operands(case, 3, 5)

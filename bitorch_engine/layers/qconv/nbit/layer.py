@@ -51,6 +51,8 @@ class _Forward(nBitConv):
             if isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
                 weight = weight.dequantize()
             return self._conv_forward(input, weight, self.bias)
+        if input.dim() == len(self.kernel_size) + 1:
+            return _Forward.forward(self, input.unsqueeze(0)).squeeze(0)
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         if self.padding_mode != "zeros":
             input = F.pad(input, padding, mode=self.padding_mode)

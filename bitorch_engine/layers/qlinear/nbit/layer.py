@@ -47,7 +47,8 @@ class nBitLinear(LowBitLayer, nn.Linear):
         if input.dim() == 2:
             return self.multiply(input, _GEOMETRY)
         rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-        return self.forward(rows).view(*input.shape[:-1], self.out_features)
+        # Not self.forward, which a subclass may wrap.
+        return nBitLinear.forward(self, rows).view(*input.shape[:-1], self.out_features)
 
     def _multiply_float(self, x: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
@@ -57,7 +58,7 @@ class nBitLinear(LowBitLayer, nn.Linear):
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         arguments = (x, weight.packed, weight.channel_scale, self.w_bit, bias, self.in_features)
-        self._remember(ops.plan("linear_weight_only", *arguments), x)
+        self._remember(ops.plan("linear_weight_only", *arguments), x, weight.packed)
         return ops.linear_weight_only(*arguments)
 
 
