@@ -133,7 +133,7 @@ class LowBitLayer(nn.Module):
         if packed is not None:
             y = plan(x, scale, low, packed, weight.channel_scale, parameters.get("bias"))
         if y is None:  # something was written or replaced
-            self._forget_plans()
+            _forget_plans(self)
         return y
 
     def _remember(self, plan: ops.Plan | None, x: Tensor, packed: Tensor, output_padding: Sequence[int] = ()) -> None:
@@ -145,13 +145,9 @@ class LowBitLayer(nn.Module):
             kept[x.shape, x.stride(), x.dtype, tuple(output_padding)] = plan
             self.__dict__["_plans"], self.__dict__["_planned_weight"] = kept, (packed, packed._version)
 
-    def _forget_plans(self) -> None:
-        self.__dict__.pop("_plans", None)
-        self.__dict__.pop("_planned_weight", None)
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self._forget_plans()  # they know the attributes
+        _forget_plans(self)  # they know the attributes
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_plans", "_planned_weight")}
@@ -230,6 +226,12 @@ class LowBitLayer(nn.Module):
                 for name, current in self.activation.state_dict(prefix=prefix + "activation.").items():
                     state_dict.setdefault(name, current)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _forget_plans(layer: nn.Module) -> None:
+    """No method: who sets ``__class__`` back to torch.nn's has none of ours after that."""
+    layer.__dict__.pop("_plans", None)
+    layer.__dict__.pop("_planned_weight", None)
 
 
 _MOST_PLANS = 64
