@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -68,32 +68,26 @@ def measure_settings(names: list[str], *, quick: bool, at_once: bool = False) ->
     """
     load = round(os.getloadavg()[0], 2)  # before we add to it
     cores = sorted(os.sched_getaffinity(0)) if at_once else []
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    written: dict[str, bytes] = {}
+    if at_once and len(cores) < sum(SETTINGS[name][0] for name in names):
+        raise click.ClickException(f"There are too few cores to measure {', '.join(names)} at once.")
 
-    def finish() -> None:
-        while running:
-            name, process = running.pop(0)
-            written[name] = process.communicate()[0]
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, process.args)
-
-    for name in names:
+    def start(name: str) -> "subprocess.Popen[bytes]":
         threads, environment = SETTINGS[name]
         command = [sys.executable, "-m", "benchmarks.kernels", name, *(["--quick"] if quick else [])]
         if at_once:
-            if len(cores) < threads:
-                raise click.ClickException(f"There are too few cores to measure {', '.join(names)} at once.")
             command += ["--cores", ",".join(str(cores.pop()) for _ in range(threads))]
         more = environment | {"OMP_NUM_THREADS": str(threads)}
-        running.append((name, subprocess.Popen(command, env=os.environ | more, cwd=ROOT, stdout=subprocess.PIPE)))
-        if not at_once:
-            finish()
-    finish()
-    found = {
-        name: json.loads(text) | {"load": load, "sources": library_fingerprint(), "at_once": at_once}
-        for name, text in written.items()
-    }
+        return subprocess.Popen(command, env=os.environ | more, cwd=ROOT, stdout=subprocess.PIPE)
+
+    started: Iterable[subprocess.Popen[bytes]] = map(start, names)  # each when the one before has ended
+    if at_once:
+        started = list(started)
+    found = {}
+    for name, process in zip(names, started, strict=True):
+        text, _ = process.communicate()
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+        found[name] = json.loads(text) | {"load": load, "sources": library_fingerprint(), "at_once": at_once}
     return {"machine": facts(), "kernels": kernel_facts(), "settings": found}
 
 

@@ -89,13 +89,12 @@ class DiodeMix(torch.optim.Optimizer):
                 for p in parameters:
                     check_finite(p.grad)
         for (group, parameters), one in zip(work, seen, strict=True):
-            squares = [its_squares for its_squares, _ in one]
             together = []
-            for p, its_squares in zip(parameters, squares, strict=True):
+            for p, (squares, _) in zip(parameters, one, strict=True):
                 if self._steps_as_torch(group, p):
                     together.append(p)
                 else:
-                    self._step_one(group, p, its_squares)
+                    self._step_one(group, p, squares)
             self._step_together(group, together)
         return loss
 
@@ -152,7 +151,6 @@ class DiodeMix(torch.optim.Optimizer):
         """Step parameters for which ``_steps_as_torch``, in one call of torch's AdamW for each kind of device."""
         if not parameters:
             return
-        # Fused, a GPU would want the step counters in its memory; one kernel for many tensors does without.
         if 0 < sum(p.is_cpu for p in parameters) < len(parameters):
             for on_cpu in (True, False):
                 self._step_together(group, [p for p in parameters if p.is_cpu == on_cpu])
@@ -168,6 +166,7 @@ class DiodeMix(torch.optim.Optimizer):
             [state["exp_avg_s"] for state in states],
             [],
             [state["step"] for state in states],
+            # Fused, a GPU would want the step counters in its memory; one kernel for many tensors does without.
             fused=parameters[0].is_cpu,
             foreach=not parameters[0].is_cpu,
             amsgrad=False,

@@ -12,9 +12,8 @@ from torch import Tensor
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
-from bitorch_engine.ops.cpu.plans import Planned, make_plan, planned
+from bitorch_engine.ops.cpu.plans import PlannedConv, planned
 from bitorch_engine.ops.cpu.quantize import quantize_activation
-from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
@@ -123,8 +122,6 @@ class _Problem:
         keep: bool,
     ) -> Tensor:
         weights = arranged(packed, self.order, lambda: self.arrange(packed), keep=keep)
-        if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
-            bias = bias.to(torch.float32).contiguous()
         y = torch.empty_strided(self.out, self.strides, dtype=dtype)
         _conv(
             self.address,
@@ -174,7 +171,7 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
-    """The op ``conv`` for what ``suits``, or ``suits_pairs``."""
+    """The op ``conv`` for what ``suits``, or ``suits_pairs``. bias: dense float32, or None."""
     dtype = x.dtype
     if a_bit == 2:
         key = (tuple(x.shape), tuple(weight_shape), hashable(fields))
@@ -189,32 +186,13 @@ def conv(
     return problem.run(x, scale, low, packed, channel_scale, bias, None, dtype, keep=True)
 
 
-def plan(
-    x: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    packed: Tensor,
-    channel_scale: Tensor,
-    bias: Tensor | None,
-    weight_shape: Sequence[int],
-    *fields: Any,
-) -> Plan | None:
-    """A plan of ``conv`` for what ``suits``."""
+def planned_conv(x: Tensor, packed: Tensor, weight_shape: Sequence[int], *fields: Any) -> PlannedConv | None:
+    """What a plan of ``conv`` is made of, for what ``suits``."""
     problem = _problem(x.shape, tuple(weight_shape), hashable(fields), x.dtype, x.stride(), x.dtype, threads())
     if problem is None:
         return None
     weights = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)
-    structure = Planned(
-        problem.address,
-        scale.data_ptr(),
-        low.data_ptr(),
-        weights.data_ptr(),
-        None,
-        channel_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-    )
-    layer = (scale, low, packed, channel_scale, bias)
-    return make_plan(_planned, structure, problem.out, problem.strides, x.dtype, *layer, problem, weights)
+    return PlannedConv(_planned, problem, weights, None, problem.out, problem.strides)
 
 
 def conv_codes(

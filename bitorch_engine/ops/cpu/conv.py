@@ -13,7 +13,7 @@ from bitorch_engine.ops.cpu import binary, linear
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
-from bitorch_engine.ops.cpu.plans import Planned, can_plan, make_plan, planned
+from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, make_plan, planned
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
@@ -196,6 +196,8 @@ def conv(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
+    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
+        bias = bias.to(torch.float32).contiguous()
     suits = binary.suits if a_bit == 1 else binary.suits_pairs
     if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
         return binary.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
@@ -216,8 +218,6 @@ def conv(
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     problem, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype)
-    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
-        bias = bias.to(torch.float32).contiguous()
     if linear.quantizes_one_row(x, weight_shape, w_bit):
         kernel, structure = linear.quantized_row(scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape)
         return y.fill_(math.nan) if kernel(ctypes.byref(structure), x.data_ptr(), y.data_ptr()) else y
@@ -239,32 +239,24 @@ def plan(
     """A plan of ``conv``."""
     if not can_plan(packed, scale, low, channel_scale, bias):
         return None
+    layer = (scale, low, packed, channel_scale, bias)
     if a_bit == w_bit <= 2:
         if binary.suits_pairs(x.shape, a_bit, w_bit, weight_shape, *fields):
             return None  # it quantizes first, in a call of its own
         if binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
-            return binary.plan(x, scale, low, packed, channel_scale, bias, weight_shape, *fields)
+            found_binary = binary.planned_conv(x, packed, weight_shape, *fields)
+            return None if found_binary is None else found_binary.plan(x.dtype, *layer)
     key = (_FLOATS, x.shape, tuple(weight_shape), hashable(fields), x.stride())
     found = _problem(*key, a_bit, w_bit, x.dtype, x.dtype, None, threads())
     if found is None:
         return None
     problem, shape, strides = found
     if linear.quantizes_one_row(x, weight_shape, w_bit):
-        one_row = linear.quantized_row(scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape)
-        return make_plan(*one_row, shape, strides, x.dtype, scale, low, packed, channel_scale, bias)
+        kernel, structure = linear.quantized_row(scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape)
+        return make_plan(kernel, structure, shape, strides, x.dtype, *layer)
     weights, sums = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)
-    structure = Planned(
-        problem.address,
-        scale.data_ptr(),
-        low.data_ptr(),
-        weights.data_ptr(),
-        sums.data_ptr(),
-        channel_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-    )
     kernel = _planned_depthwise if problem.narrow else _planned_qconv
-    layer = (scale, low, packed, channel_scale, bias)
-    return make_plan(kernel, structure, shape, strides, x.dtype, *layer, problem, weights, sums)
+    return PlannedConv(kernel, problem, weights, sums, shape, strides).plan(x.dtype, *layer)
 
 
 def conv_codes(

@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def planned(name: str) -> Any:
     return function(name, POINTER, POINTER, POINTER, result=INT)
 
 
-class Planned(ctypes.Structure):
+class _Planned(ctypes.Structure):
     """Planned of csrc/qconv/qconv.h."""
 
     _fields_ = tuple(
@@ -88,3 +88,40 @@ def make_plan(
         return y
 
     return plan
+
+
+class PlannedConv(NamedTuple):
+    """What a plan of a convolution is made of, whichever kernel does it.
+
+    problem: has the ``address`` of the kernel's arguments.  weights, sums: in the kernel's order.  shape, strides: of
+    the result.
+    """
+
+    kernel: Any
+    problem: Any
+    weights: Tensor
+    sums: Tensor | None
+    shape: Sequence[int]
+    strides: Sequence[int]
+
+    def plan(
+        self,
+        dtype: torch.dtype,
+        scale: Tensor,
+        low: Tensor,
+        packed: Tensor,
+        channel_scale: Tensor,
+        bias: Tensor | None,
+    ) -> Plan:
+        """The plan for one layer's tensors; ``can_plan`` them."""
+        structure = _Planned(
+            self.problem.address,
+            scale.data_ptr(),
+            low.data_ptr(),
+            self.weights.data_ptr(),
+            None if self.sums is None else self.sums.data_ptr(),
+            channel_scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+        )
+        layer = (scale, low, packed, channel_scale, bias)
+        return make_plan(self.kernel, structure, self.shape, self.strides, dtype, *layer, self)
