@@ -60,6 +60,12 @@ conv_grad_weight = define(
     quantized_conv.conv_grad_weight,
     quantized_conv.conv_grad_weight_fake,
 )
+conv_grad_weight_float = define(
+    "conv_grad_weight_float(Tensor grad, Tensor codes, Tensor scale, Tensor low, int a_bit, SymInt[] shape, "
+    f"{_GEOMETRY}, ScalarType dtype, bool channels_last) -> Tensor",
+    quantized_conv.conv_grad_weight_float,
+    quantized_conv.conv_grad_weight_float_fake,
+)
 update_ = define(
     "update_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor grad, Tensor(c!)? exp_avg_s,"
     " Tensor(d!)? exp_avg_l, int bits, float lr, float beta1, float beta2, float eps, float correction1,"

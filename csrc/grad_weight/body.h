@@ -1,4 +1,4 @@
-// The interleaving as loops of one width, which every compiler vectorizes. Included once per instruction set.
+// Loops of one width, which every compiler vectorizes. Included once per instruction set.
 #include <cstring>
 
 #include "grad_weight/grad_weight.h"
@@ -34,6 +34,10 @@ void interleave(const uint8_t* image, const int64_t* bases, int64_t quads, int64
     for (int64_t block = 0; block < blocks; ++block) std::memcpy(out + block * block_bytes + q * 64, words + 16 * block, 64);
   }
   for (int64_t k = 0; k < channels; ++k) sums[k] += total[k];
+}
+
+void widen(const uint8_t* values, int64_t count, int zero, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(values[i] - zero);
 }
 
 }  // namespace

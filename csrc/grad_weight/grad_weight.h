@@ -1,5 +1,5 @@
-// The gradient of a convolution's weight, in integers: a matrix product of gradient and activation over the pixels, on
-// the multiply kernels of the convolution engine.
+// The gradient of a convolution's weight: a matrix product of gradient and activation over the pixels. In integers it runs
+// on the multiply kernels of the convolution engine; where the gradient is float, the caller multiplies floats.
 #pragma once
 
 #include <cstdint>
@@ -22,5 +22,15 @@ void interleave_avx512(const uint8_t*, const int64_t*, int64_t, int64_t, int, in
 void interleave_neon(const uint8_t*, const int64_t*, int64_t, int64_t, int, int8_t*, int64_t, int32_t*);
 
 extern const Kernel<InterleaveFunction> interleave_kernel;
+
+// out[i] = values[i] - zero
+using WidenFunction = void (*)(const uint8_t* values, int64_t count, int zero, float* out);
+
+void widen_scalar(const uint8_t*, int64_t, int, float*);
+void widen_avx2(const uint8_t*, int64_t, int, float*);
+void widen_avx512(const uint8_t*, int64_t, int, float*);
+void widen_neon(const uint8_t*, int64_t, int, float*);
+
+extern const Kernel<WidenFunction> widen_kernel;
 
 }  // namespace bitorch_engine

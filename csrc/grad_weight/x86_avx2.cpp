@@ -7,4 +7,6 @@ void interleave_avx2(const uint8_t* image, const int64_t* bases, int64_t quads, 
   interleave(image, bases, quads, channels, center, out, block_bytes, sums);
 }
 
+void widen_avx2(const uint8_t* values, int64_t count, int zero, float* out) { widen(values, count, zero, out); }
+
 }  // namespace bitorch_engine

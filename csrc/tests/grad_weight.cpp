@@ -16,6 +16,13 @@ void check_grad_weight(Agreement& agreement) {
     interleave(image.data(), bases.data(), quads, channels, center, out.data(), block_bytes, sums.data());
     return Written().add(out).add(sums);
   });
+  agreement.check(widen_kernel, 50, [](WidenFunction widen, Random& random) {
+    const int64_t count = random.between(0, 200);
+    const std::vector<uint8_t> values = random.bytes(count);
+    std::vector<float> out(count);
+    widen(values.data(), count, static_cast<int>(random.between(0, 128)), out.data());
+    return Written().add(out);
+  });
 }
 
 }  // namespace bitorch_engine

@@ -97,17 +97,14 @@ def _grad_weight(
     """kept: the float activation, or its packed codes, which then come with scale and low."""
     geometry, a_bit, g_bit, shape = ctx.geometry, ctx.a_bit, ctx.g_bit, weight.shape
     if a_bit is None or scale is None or low is None:
-        values = kept.to(grad.dtype)
-    elif g_bit is not None:
-        codes, grad_scale = ops.quantize_gradient(grad, None, g_bit, 1, new_seed(grad.device))
-        return ops.conv_grad_weight(
-            codes, grad_scale, kept, scale, low, a_bit, ctx.shape, shape, *geometry, weight.dtype
-        )
-    else:
-        values = ops.activation_values(kept, scale, low, a_bit, ctx.shape, grad.dtype, ctx.channels_last)
-    if g_bit is not None:
-        grad = _round_gradient(grad, g_bit, 1)
-    return geometry.grad_weight(grad, values, shape).to(weight.dtype)
+        if g_bit is not None:
+            grad = _round_gradient(grad, g_bit, 1)
+        return geometry.grad_weight(grad, kept.to(grad.dtype), shape).to(weight.dtype)
+    rest = (kept, scale, low, a_bit, ctx.shape, shape, *geometry, weight.dtype)
+    if g_bit is None:
+        return ops.conv_grad_weight_float(grad, *rest, ctx.channels_last)
+    codes, grad_scale = ops.quantize_gradient(grad, None, g_bit, 1, new_seed(grad.device))
+    return ops.conv_grad_weight(codes, grad_scale, *rest)
 
 
 def _round_gradient(grad: Tensor, g_bit: int, keep: int) -> Tensor:

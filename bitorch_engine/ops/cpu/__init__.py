@@ -27,6 +27,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "activation_grads": quantize.activation_grads,
     "quantize_gradient": quantize.quantize_gradient,
     "conv_grad_weight": grad_weight.conv_grad_weight,
+    "conv_grad_weight_float": grad_weight.conv_grad_weight_float,
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,

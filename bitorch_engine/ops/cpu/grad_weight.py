@@ -1,4 +1,4 @@
-"""The gradient of a packed weight from quantized gradients and activations, in integers."""
+"""The gradient of a packed weight from quantized activations: in integers where the gradient is quantized too."""
 
 from collections.abc import Sequence
 from math import prod
@@ -7,15 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitorch_engine.ops.cpu.bits import unpack
 from bitorch_engine.ops.cpu.geometry import geometry, is_narrow
-from bitorch_engine.ops.cpu.loading import FLOAT, INT, POINTER, function, threads
+from bitorch_engine.ops.cpu.loading import FLOAT, INT, INT64, POINTER, current_isa, function, threads
+from bitorch_engine.ops.cpu.quantize import activation_values
 from bitorch_engine.ops.reference import quantized_conv as reference
-from bitorch_engine.ops.reference.bits import unpack
 from bitorch_engine.ops.reference.conv import Convolution
 
 _ARGUMENTS = (POINTER, INT, POINTER, POINTER, FLOAT, INT, POINTER, POINTER, INT)
 _grad_weight = function("be_grad_weight", *_ARGUMENTS)
 _depthwise_grad_weight = function("be_depthwise_grad_weight", *_ARGUMENTS)
+_columns = function("be_columns", POINTER, POINTER, INT, INT64, INT64, POINTER, INT)
+_taps_last = function("be_taps_last", POINTER, *[INT64] * 3, FLOAT, POINTER, INT)
+
+COLUMNS = 1 << 18
+"""Floats of a matrix of columns at a time, at most; one result pixel's are the least. They should stay in the cache."""
 
 
 def conv_grad_weight(
@@ -54,6 +60,44 @@ def conv_grad_weight(
         threads(),
     )
     return grad.to(dtype)
+
+
+def conv_grad_weight_float(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    *fields, dtype, channels_last = rest
+    c = Convolution(*fields)
+    if not (grad.dtype is torch.float32 and _goes_by_columns(c, [*shape, *grad.shape, *weight_shape])):
+        values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
+        return c.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
+    place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
+    rows = grad.movedim(1, -1).reshape(-1, weight_shape[0])  # (result pixels, C_out)
+    values = codes if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
+    length = prod(weight_shape[1:])
+    step = min(rows.shape[0], max(1, COLUMNS // length))
+    columns = torch.empty(step, length)
+    total, out = torch.empty(weight_shape[0], length), torch.empty(list(weight_shape))
+    for first in range(0, rows.shape[0], step):
+        some = rows[first : first + step]
+        zero = 1 if a_bit == 1 else int(-low)
+        _columns(place.address, values.data_ptr(), zero, first, len(some), columns.data_ptr(), threads())
+        total.addmm_(some.T, columns[: len(some)], beta=int(first > 0))
+    sizes = weight_shape[0], length // weight_shape[1], weight_shape[1]
+    _taps_last(total.data_ptr(), *sizes, float(scale), out.data_ptr(), threads())
+    return out.to(dtype)
+
+
+def _goes_by_columns(c: Convolution, lengths: Sequence[int]) -> bool:
+    """Whether torch's matrix product is faster than its convolution's gradient. With AVX-512 they were not compared."""
+    plain = len(c.stride) in (1, 2, 3) and not c.transposed and c.groups == 1
+    return plain and min(lengths) > 0 and current_isa() == "avx2"
 
 
 def _bytes(codes: Tensor, bits: int, count: int) -> Tensor:

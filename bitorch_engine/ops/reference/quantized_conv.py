@@ -9,7 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitorch_engine.ops.reference.activation import activation_codes, quantize_activation, unpack_activation
+from bitorch_engine.ops.reference.activation import (
+    activation_codes,
+    activation_values,
+    quantize_activation,
+    unpack_activation,
+)
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last, new_output
 
@@ -243,3 +248,51 @@ def conv_grad_weight_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return grad_codes.new_empty(weight_shape, dtype=dtype)
+
+
+def conv_grad_weight_float(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    pad: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient of a weight of ``weight_shape`` from a float gradient, (N, C_out, *out), in ``dtype``.
+
+    codes: of ``quantize_activation``, of ``shape``.  channels_last: the memory order of that activation.
+    """
+    geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups, pad)
+    values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
+    return geometry.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
+
+
+def conv_grad_weight_float_fake(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    pad: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    return grad.new_empty(weight_shape, dtype=dtype)

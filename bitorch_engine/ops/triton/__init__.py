@@ -35,6 +35,7 @@ IMPLEMENTATIONS: dict[str, str] = {
     "conv_codes": "quantized_conv",
     "conv_grad_input": "quantized_conv",
     "conv_grad_weight": "grad_weight",
+    "conv_grad_weight_float": "grad_weight",
     "linear_weight_only": "linear",
     "linear_grad_input": "linear",
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.triton import interpreter
+from bitorch_engine.ops.triton.activation import activation_values
 from bitorch_engine.ops.triton.convolve import MULTIPROCESSORS
 from bitorch_engine.ops.triton.geometry import Phase, phases, triple
 from bitorch_engine.ops.triton.image import image_of_codes, row_length
@@ -65,6 +66,21 @@ def conv_grad_weight(
     values = total.flatten(0, 1).unflatten(1, kernel or [1]).movedim(-1, 1).reshape(list(weight_shape))
     factor = c.per_output_channel((grad_scale * scale).view(-1), weight_shape)
     return (values.to(torch.float32) * factor).to(dtype).contiguous()
+
+
+def conv_grad_weight_float(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    a_bit: int,
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    *fields, dtype, channels_last = rest
+    values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
+    return Convolution(*fields).grad_weight(grad, values, weight_shape).to(dtype).contiguous()
 
 
 class Maps(NamedTuple):

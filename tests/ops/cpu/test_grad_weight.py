@@ -1,4 +1,5 @@
-"""The integer weight gradient equals the one in float64 on every instruction set, bit for bit after the scale."""
+"""The weight's gradient equals the one in float64 on every instruction set: in integers bit for bit after the scale,
+and of a float gradient as near as float32 sums are."""
 
 import random
 from typing import Any
@@ -78,5 +79,52 @@ def test_any_number_of_threads_gives_the_same(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_the_op_passes_opcheck() -> None:
-    torch.library.opcheck(torch.ops.bitorch_engine.conv_grad_weight.default, problem(5))
+def float_problem(seed: int) -> tuple[Any, ...]:
+    """Arguments of conv_grad_weight_float, half of the time for one group that is not transposed."""
+    _, _, *rest, dtype = problem(seed)
+    bits, shape, weight, stride, padding, dilation, transposed, extra, groups, pad = rest[3:]
+    if seed % 2 and stride:
+        channels = shape[1]
+        transposed, groups, extra = False, 1, [0] * len(stride)
+        weight = (random.Random(seed).choice([1, 7, 33]), channels, *weight[2:])
+    geometry = (stride, padding, dilation, transposed, extra, groups, pad)
+    grad = torch.randn(ops.Convolution(*geometry).output_shape(shape, weight))
+    if grad.dim() == 4 and seed % 3:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    return grad, *rest[:3], bits, shape, weight, *geometry, dtype, seed % 4 == 1
+
+
+@ISAS
+@pytest.mark.parametrize("seed", range(60))
+def test_of_a_float_gradient(isa: str, seed: int) -> None:
+    grad, codes, scale, low, bits, shape, weight, *geometry, dtype, channels_last = float_problem(seed)
+    with cpu.cap_isa(isa):
+        found = ops.conv_grad_weight_float(
+            grad, codes, scale, low, bits, shape, weight, *geometry, dtype, channels_last
+        )
+    values = ops.activation_values(codes, scale, low, bits, shape, torch.float64, channels_last)
+    convolution = ops.Convolution(*geometry)
+    wanted = convolution.grad_weight(grad.double(), values, weight)
+    sizes = convolution.grad_weight(grad.double().abs(), values.abs(), weight)  # what rounding is relative to
+    assert found.dtype is dtype and found.is_contiguous() and found.shape == weight
+    assert bool(((found - wanted).abs() <= 2e-6 * sizes).all())
+
+
+def test_a_float_gradient_that_is_not_finite_reaches_the_weights_that_it_meets() -> None:
+    grad = torch.zeros(1, 3, 4, 4)
+    grad[0, 1, 0, 0], grad[0, 2, 3, 3] = float("nan"), float("inf")
+    codes = ops.pack(torch.ones(2 * 16, dtype=torch.uint8), 8)
+    one = torch.tensor(1.0)
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [])
+    found = ops.conv_grad_weight_float(
+        grad, codes, one, torch.tensor(0.0), 8, (1, 2, 4, 4), (3, 2, 3, 3), *geometry, torch.float32, False
+    )
+    assert bool((found[0] == 0).all())
+    assert bool(found[1, :, 1, 1].isnan().all())
+    assert bool((found[2, :, 1, 1] == float("inf")).all())
+
+
+@pytest.mark.parametrize("name", ["conv_grad_weight", "conv_grad_weight_float"])
+def test_the_ops_pass_opcheck(name: str) -> None:
+    arguments = problem(5) if name == "conv_grad_weight" else float_problem(5)
+    torch.library.opcheck(getattr(torch.ops.bitorch_engine, name).default, arguments)

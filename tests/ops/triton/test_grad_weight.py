@@ -46,6 +46,17 @@ def test_it_is_that_of_autograd(case: Case, device: torch.device) -> None:
     assert torch.equal(run(o, grad, grad_scale, device), expected(o, grad, grad_scale))
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_of_a_float_gradient_too(case: Case, device: torch.device) -> None:
+    o = operands(case, 8, 4, signed=False)
+    grad, _ = gradient(case)
+    tensors = (t.to(device) for t in (grad, o.packed_codes(), o.scale, o.low))
+    rest = (o.a_bit, list(case.shape), *o.geometry, torch.float32, False)
+    found = kernels.conv_grad_weight_float(*tensors, *rest).cpu()
+    wanted = expected(o, grad, torch.ones(1, case.out_channels, *[1] * (len(case.shape) - 2)))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("a_bit", range(1, 9))
 def test_every_width_of_activations_is_exact(a_bit: int, device: torch.device) -> None:
     o = operands(Case((70, 33, 1), (9, 33, 1)), a_bit)
