@@ -24,7 +24,8 @@ const Kernel<ArrangeFunction> arrange_kernel{
 
 namespace {
 
-constexpr int64_t TILES_AT_ONCE = 16;  // their pixels share the weights of a block while those are in the L1 cache
+constexpr int64_t PIXELS_AT_ONCE = 96;  // they share the weights of a block while those are in the L1 cache
+constexpr int64_t LOOKED_UP_AT_ONCE = 208;  // the same for a panel, which has to be made: all of a map of 14 x 14
 constexpr int64_t PRODUCTS_A_THREAD = 1 << 24;  // at least: 10 us
 static_assert(LANES == BLOCK && MOST_BLOCKS * LANES == COLUMNS, "totals are finished by the engine's kernel");
 
@@ -35,7 +36,7 @@ struct Call {
   const uint32_t* image;
   const lookup::Lookup* lookup;  // or null
   const lookup::Table* table;    // of the lookup
-  const uint16_t* entries;       // the image as it reads it
+  const Entries& entries;        // the image as it reads it
   const uint32_t* weights;
   const float* factor;
   const float* bias;  // or null
@@ -49,7 +50,8 @@ struct Call {
   int64_t tiles() const { return boxes.back().end(); }
   int64_t channels() const { return geometry.in_channels / geometry.groups; }
   int64_t words() const { return words_of(channels()); }
-  int64_t units() const { return lookup ? lookup::entries_of(channels()) : words(); }
+  int64_t units() const { return lookup ? lookup->entries * lookup::bytes_of(channels()) : words(); }
+  int64_t tile_pixels() const { return lookup ? lookup->pixels : MOST_PIXELS; }
   int64_t pitch() const { return geometry.groups * units(); }  // words of one pixel, or entries
   int64_t results() const { return geometry.out_channels / geometry.groups; }
   int64_t blocks() const { return (results() + LANES - 1) / LANES; }
@@ -139,18 +141,17 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
   const Span &z = box.span[1], &y = box.span[2], &x = box.span[3];
   const int64_t units = call.units(), step = g.dilation[2] * call.pitch();
   const int64_t taps = x.high - x.low, together = step == units ? taps : 1;
-  int64_t count = 0;
+  int64_t count = 0, room = call.table->longest;  // entries until sums are widened
   for (int64_t a = z.low; a < z.high; ++a)
     for (int64_t b = y.low; b < y.high; ++b)
       for (int64_t c = x.low; c < x.high; c += together) {
         const int64_t line = a * g.dilation[0] * g.in[1] + b * g.dilation[1];
         const int64_t tap = (a * g.kernel[1] + b) * g.kernel[2] + c;
         const int64_t image = line * g.in[2] * call.pitch() + c * step, length = together * units;
-        const int64_t pieces = call.lookup ? (length + call.table->longest - 1) / call.table->longest : 1;
-        for (int64_t p = 0, at = 0; p < pieces; ++p) {
-          const int64_t next = (p + 1) * length / pieces;
-          segments[count++] = {image + at, tap * units + at, next - at};
-          at = next;
+        for (int64_t at = 0, piece; at < length; at += piece) {
+          piece = call.lookup ? std::min(room, length - at) : length;
+          segments[count++] = {image + at, tap * units + at, piece};
+          room = room > piece ? room - piece : call.table->longest;
         }
       }
   return count;
@@ -171,34 +172,35 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   const auto multiply = multiply_kernel.pick();
   const auto finish = finish_kernel.pick();
   const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
+  const int64_t results = call.results(), group_start = group * call.units();
   const bool in_place = call.dtype == FLOAT32 && call.out_channel == 1;
-  const std::unique_ptr<Segment[]> segments(new Segment[taps * (1 + call.units() / call.table->longest)]);
-  const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * call.units(), MOST_BLOCKS) : 0);
-  constexpr int64_t pixels = TILES_AT_ONCE * MOST_PIXELS;
-  const std::unique_ptr<int32_t[]> totals(new int32_t[pixels * COLUMNS]);
+  const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + call.units() / call.table->longest)]);
+  const int64_t tiles_at_once = call.lookup ? LOOKED_UP_AT_ONCE / call.lookup->pixels : PIXELS_AT_ONCE / MOST_PIXELS;
+  const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * lookup::bytes_of(channels), MOST_BLOCKS) : 0);
+  const std::unique_ptr<int32_t[]> totals(new int32_t[tiles_at_once * call.tile_pixels() * COLUMNS]);
   const int32_t zero_sum[COLUMNS] = {};
-  Stretch stretches[TILES_AT_ONCE];  // of the results
-  Place places[TILES_AT_ONCE];
+  std::vector<Stretch> stretches(tiles_at_once);  // of the results
+  std::vector<Place> places(tiles_at_once);
   const int64_t passes = (last_block - first_block + MOST_BLOCKS - 1) / MOST_BLOCKS;
   const int64_t lines = group > 0 ? 0 : 1 + call.upcoming_bytes / (64 * call.tiles() * passes);  // a tile
 
   Walk walk(call, first_tile);
   const uint8_t* upcoming = call.upcoming + call.upcoming_bytes * first_tile / call.tiles();
   const uint8_t* const end = call.upcoming + call.upcoming_bytes * last_tile / call.tiles();
-  for (int64_t first = first_tile; first < last_tile; first += TILES_AT_ONCE) {
-    const int64_t count = std::min(TILES_AT_ONCE, last_tile - first);
+  for (int64_t first = first_tile; first < last_tile; first += tiles_at_once) {
+    const int64_t count = std::min(tiles_at_once, last_tile - first);
     for (int64_t i = 0; i < count; ++i) places[i] = walk.next();
     const Box* current = nullptr;
     Tile tile{};
     tile.segments = segments.get();
     tile.block_words = block_words;
     for (int64_t b = first_block; b < last_block; b += MOST_BLOCKS) {
-      const int64_t channel = group * call.results() + b * LANES;
-      const int64_t some = std::min(COLUMNS, call.results() - b * LANES);
+      const int64_t channel = group * results + b * LANES;
+      const int64_t some = std::min(COLUMNS, results - b * LANES);
       tile.blocks = std::min(MOST_BLOCKS, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
       if (call.lookup && (passes > 1 || first == first_tile))
-        call.lookup->panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
+        call.lookup->make_panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
       const bool direct = in_place && some >= tile.blocks * LANES;
@@ -212,7 +214,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           for (int d = 1; d < 4; ++d) inside *= current->span[d].high - current->span[d].low;
           tile.products = static_cast<int32_t>(inside * call.tap_total);
         }
-        const int64_t image = place.image + group * call.units();
+        const int64_t image = place.image + group_start;
         tile.image_step = place.image_step;
         for (int64_t line = 0; line < lines && upcoming < end; ++line, upcoming += 64)
           __builtin_prefetch(upcoming, 0, 2);
@@ -225,13 +227,13 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           tile.totals = totals.get() + row * COLUMNS;
           uint8_t* const to = call.out + (place.out + channel * call.out_channel) * call.element();
           const int64_t step = place.out_step * call.element();
-          Stretch* const last = stretches + number - 1;
+          Stretch* const last = stretches.data() + number - 1;
           if (number > 0 && last->step == step && to == last->out + last->count * step) last->count += place.count;
           else stretches[number++] = {place.count, to, step, nullptr};
           row += place.count;
         }
         if (call.lookup) {
-          call.lookup->multiply(tile, *call.table, call.entries + image, panel.get());
+          call.lookup->multiply(tile, *call.table, call.entries.along(place.box->along) + image, panel.get());
         } else {
           tile.image = call.image + image;
           multiply(tile);
@@ -240,7 +242,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       tile.totals = nullptr;
       if (!direct) {
         const Epilogue epilogue{zero_sum, tile.factor, tile.added, 0, call.dtype, false, 0};
-        const Results results{finish, epilogue, stretches, 0, some, call.out_channel};
+        const Results results{finish, epilogue, stretches.data(), 0, some, call.out_channel};
         results.take(totals.get(), 0, row, 0, tile.blocks * LANES);
       }
     }
@@ -250,7 +252,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
 void multiply_all(const Call& call, int threads) {
   const Geometry& g = call.geometry;
   const int64_t tiles = call.tiles();
-  const int64_t tile_products = MOST_PIXELS * g.in_channels / g.groups * g.taps();
+  const int64_t tile_products = call.tile_pixels() * g.in_channels / g.groups * g.taps();
   for (int64_t group = 0; group < g.groups; ++group) {
     // Threads share the pixels; where those are few, the channels.
     if (tiles >= 4 * threads || call.blocks() < 2 * MOST_BLOCKS) {
@@ -317,19 +319,21 @@ const lookup::Table& table_of(int64_t bits, float low) {
 }
 
 // Null: not by lookup. For a pixel or two it does not pay to make panels of the weight.
+// g: its channels are bits, as in a call.
 const lookup::Lookup* lookup_for(const Geometry& g, int64_t bits, const lookup::Table& table) {
   constexpr int64_t FEWEST = 6;
-  const int64_t entries = g.taps() * lookup::entries_of(g.in_channels / g.groups * bits);
-  const bool suits = g.batch * g.out_pixels() >= FEWEST && entries <= table.most;
-  return suits && current_isa() == AVX2 ? BE_X86(&lookup::lookup_avx2) : nullptr;
+  if (current_isa() != AVX2 || g.batch * g.out_pixels() < FEWEST) return nullptr;
+  const lookup::Lookup* const lookup = BE_X86(bits == 1 ? &lookup::signs_avx2 : &lookup::pairs_avx2);
+  const int64_t bytes = g.taps() * lookup::bytes_of(g.in_channels / g.groups);
+  return lookup && lookup->entries * bytes <= table.most ? lookup : nullptr;
 }
 
 // Of products of `channels` channels. At 2 bits, values count from the least, and where channels end in an entry the
 // indices are 0, which stand for the products low * -2.
 int32_t tap_total(int64_t channels, int64_t bits, float low, const lookup::Table& table) {
   if (bits == 1) return static_cast<int32_t>(channels);
-  const int64_t entries = lookup::entries_of(channels * bits), filling = 4 * entries - channels;
-  return static_cast<int32_t>(2 * entries * table.least + filling * 2 * static_cast<int64_t>(low));
+  const int64_t bytes = lookup::bytes_of(channels * bits), filling = 4 * bytes - channels;
+  return static_cast<int32_t>(2 * bytes * table.least + filling * 2 * static_cast<int64_t>(low));
 }
 
 void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
@@ -343,8 +347,10 @@ void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
 }  // namespace
 
 // Whether be_binary_conv has the product: always at 1 bit.
-BE_EXPORT int be_binary_has(const Geometry* g, int bits) {
-  return bits == 1 || lookup_for(*g, bits, table_of(bits, 0)) != nullptr;
+BE_EXPORT int be_binary_has(const Geometry* geometry, int bits) {
+  Geometry g = *geometry;
+  g.in_channels *= bits;
+  return bits == 1 || lookup_for(g, bits, table_of(bits, 0)) != nullptr;
 }
 
 // low: of the activation, at 2 bits. out, dense: float(total) * (channel_scale * *scale) + bias. bias, poison: null for
@@ -368,16 +374,17 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
   g.in_channels *= a->bits;
   for (int64_t first = 0; first < a->geometry.batch; first += lot) {
     g.batch = std::min(lot, a->geometry.batch - first);
+    const lookup::Lookup* const lookup = lookup_for(g, a->bits, table);
+    const Geometry flat = flattened(g, steps);
     const uint8_t* from = static_cast<const uint8_t*>(x) + first * sample;
     const Image image = a->codes ? Image(g, from, threads) : Image(g, from, x_dtype, a->x_strides, 1 / *scale, threads);
     if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
-    const lookup::Lookup* const lookup = lookup_for(g, 1, table);
-    const Entries entries(g, image.words(), lookup, threads);
-    const Geometry flat = flattened(g, steps);
-    if (first == 0 || g.batch != lot) all = boxes(flat, s[1] == 1);
+    if (first == 0 || g.batch != lot)
+      all = boxes(flat, lookup ? lookup->pixels : MOST_PIXELS, lookup && lookup->partners, s[1] == 1);
+    const Entries entries(flat, all, image.words(), lookup, threads);
     const int64_t next = std::min(lot, a->geometry.batch - first - g.batch);
     uint8_t* const to = static_cast<uint8_t*>(out) + first * s[0] * element;
-    multiply_all({flat, all, image.words(), lookup, &table, entries.get(), weights, factor.get(), bias, to, dtype, s[1],
+    multiply_all({flat, all, image.words(), lookup, &table, entries, weights, factor.get(), bias, to, dtype, s[1],
                   {s[0], s[2], s[3], s[4]}, per_tap, from + g.batch * sample, a->codes ? 0 : next * sample},
                  threads);
   }

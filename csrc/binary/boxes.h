@@ -30,8 +30,9 @@ struct Box {
   int64_t end() const { return first_tile + tiles(); }
 };
 
+// pixels: of a tile at most.  whole: a tile of fewer takes as long, so that what is left of lines is cut across them.
 // channels_last: of the result; otherwise tiles go along the width, where results lie together.
-std::vector<Box> boxes(const Geometry& geometry, bool channels_last);
+std::vector<Box> boxes(const Geometry& geometry, int64_t pixels, bool whole, bool channels_last);
 
 }  // namespace binary
 }  // namespace bitorch_engine

@@ -98,14 +98,26 @@ Image::Image(const Geometry& g, const uint8_t* codes, int threads) {
   });
 }
 
-Entries::Entries(const Geometry& g, const uint32_t* words, const lookup::Lookup* lookup, int threads) {
+Entries::Entries(const Geometry& g, const std::vector<Box>& boxes, const uint32_t* words, const lookup::Lookup* lookup,
+                 int threads)
+    : partners_(lookup && lookup->partners) {
   if (!lookup) return;
   const int64_t channels = g.in_channels / g.groups, runs = g.batch * g.in_pixels() * g.groups;
-  const int64_t entries = lookup::entries_of(channels);
-  entries_ = new_buffer<uint16_t>(runs * entries);
-  parallel_for(runs, std::max<int64_t>(1, GRAIN / channels), threads, [&](int64_t first, int64_t last) {
-    lookup->entries(words + first * words_of(channels), last - first, channels, entries_.get() + first * entries);
-  });
+  const int64_t step = words_of(channels), entries = lookup->entries * lookup::bytes_of(channels);
+  const int64_t distances[4] = {g.in_pixels(), g.stride[0] * g.in[1] * g.in[2], g.stride[1] * g.in[2], g.stride[2]};
+  for (const Box& box : boxes) {
+    Buffer<uint16_t>& to = entries_[partners_ ? box.along : 0];
+    if (to) continue;
+    to = new_buffer<uint16_t>(runs * entries);
+    const int64_t distance = distances[box.along] * g.groups;
+    parallel_for(runs, std::max<int64_t>(1, GRAIN / channels), threads, [&](int64_t first, int64_t last) {
+      // The last pixels have no partner inside the image: what is found for one is not used.
+      const int64_t middle = std::clamp(runs - distance, first, last);
+      const uint32_t *const from = words + first * step, *const rest = words + middle * step;
+      lookup->make_entries(from, from + distance * step, middle - first, channels, to.get() + first * entries);
+      lookup->make_entries(rest, rest, last - middle, channels, to.get() + middle * entries);
+    });
+  }
 }
 
 }  // namespace binary

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "binary/binary.h"
+#include "binary/boxes.h"
 #include "lookup/lookup.h"
 #include "runtime/buffer.h"
 #include "runtime/geometry.h"
@@ -42,12 +44,15 @@ class Image {
 class Entries {
  public:
   // lookup: null for none.
-  Entries(const Geometry& geometry, const uint32_t* words, const lookup::Lookup* lookup, int threads);
+  Entries(const Geometry& geometry, const std::vector<Box>& boxes, const uint32_t* words, const lookup::Lookup* lookup,
+          int threads);
 
-  const uint16_t* get() const { return entries_.get(); }
+  // For tiles along a dimension of the boxes.
+  const uint16_t* along(int dimension) const { return entries_[partners_ ? dimension : 0].get(); }
 
  private:
-  Buffer<uint16_t> entries_;
+  bool partners_;
+  Buffer<uint16_t> entries_[4];
 };
 
 }  // namespace binary

@@ -13,6 +13,8 @@ using binary::LANES;
 using binary::Segment;
 using binary::Tile;
 
+constexpr int64_t SIGN_PIXELS = 4;
+
 // An accumulator that stays where it is: GCC otherwise sums two results of lookups first, and runs out of registers.
 inline __m256i add_in_place(__m256i sum, __m256i x) {
   sum = _mm256_add_epi8(sum, x);
@@ -27,18 +29,29 @@ struct Wide {
   __m256i all[MR][NV], odd[MR][NV];
 };
 
+template <int MR, int NV>
+inline __attribute__((always_inline)) void widen(const __m256i (&bytes)[MR][NV], bool begin, Wide<MR, NV>& wide) {
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      const __m256i upper = _mm256_srli_epi16(bytes[m][j], 8);
+      wide.all[m][j] = begin ? bytes[m][j] : _mm256_add_epi16(wide.all[m][j], bytes[m][j]);
+      wide.odd[m][j] = begin ? upper : _mm256_add_epi16(wide.odd[m][j], upper);
+    }
+}
+
 // Adds segments, as many as a byte allows, to sums, or begins with them; returns the next segment.
 template <int MR, int NV>
-__attribute__((noinline)) const Segment* add_segments(const Segment* s, const Segment* end, const uint16_t* image,
-                                                      int64_t step, const uint8_t* panel, const Table& values,
-                                                      bool begin, Wide<MR, NV>& wide) {
-  const uint8_t* const table = values.values[0][0];
+__attribute__((noinline)) const Segment* add_pairs(const Segment* s, const Segment* end, const uint16_t* image,
+                                                   int64_t step, const uint8_t* panel, const Table& table, bool begin,
+                                                   Wide<MR, NV>& wide) {
   __m256i bytes[MR][NV];
 #pragma GCC unroll 6
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) bytes[m][j] = _mm256_setzero_si256();
-  int64_t left = values.longest;
+  int64_t left = table.longest;
   while (s < end && s->words <= left) {
     // Pixels are addressed from the first and the fourth of them: that leaves registers for the tables.
     const uint16_t *first = image + s->image, *fourth = first + 3 * step, *const stop = first + s->words;
@@ -46,7 +59,7 @@ __attribute__((noinline)) const Segment* add_segments(const Segment* s, const Se
     for (; first < stop; ++first, ++fourth, weights += 2 * 32 * NV) {
       const uint8_t* pair[MR];
 #pragma GCC unroll 6
-      for (int m = 0; m < MR; ++m) pair[m] = table + (m < 3 ? first[m * step] : fourth[(m - 3) * step]);
+      for (int m = 0; m < MR; ++m) pair[m] = table.values + (m < 3 ? first[m * step] : fourth[(m - 3) * step]);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         __m256i w[NV];
@@ -64,22 +77,82 @@ __attribute__((noinline)) const Segment* add_segments(const Segment* s, const Se
     left -= s->words;
     ++s;
   }
-#pragma GCC unroll 6
-  for (int m = 0; m < MR; ++m)
+  widen<MR, NV>(bytes, begin, wide);
+  return s;
+}
+
+// Sums of pairs of pixels. Those of the second ones are held with what is below them in a word, as `both >> 4` has it:
+// second of the even byte + 16 * first of the odd byte + 256 * second of the odd byte.
+template <int PAIRS, int NV>
+struct PairSums {
+  __m256i first[PAIRS][NV], second[PAIRS][NV];
+};
+
+// COUNT entries of each pair, three at most, whose sums are up to 12: two of them fit a byte.
+template <int COUNT, int PAIRS, int NV>
+inline __attribute__((always_inline)) void add_group(const uint16_t* entries, int64_t step, const uint8_t* weights,
+                                                     const uint8_t* table, PairSums<PAIRS, NV>& sums) {
+  __m256i both[PAIRS][NV];
+#pragma GCC unroll 3
+  for (int k = 0; k < COUNT; ++k)
+#pragma GCC unroll 2
+    for (int p = 0; p < PAIRS; ++p) {
+      const __m128i* const chosen = reinterpret_cast<const __m128i*>(table + entries[2 * p * step + k]);
+      const __m256i x = _mm256_broadcastsi128_si256(_mm_load_si128(chosen));
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights) + k * NV + j);
+        const __m256i sum = _mm256_shuffle_epi8(x, w);
+        both[p][j] = k ? add_in_place(both[p][j], sum) : sum;
+      }
+    }
+#pragma GCC unroll 2
+  for (int p = 0; p < PAIRS; ++p)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
-      const __m256i upper = _mm256_srli_epi16(bytes[m][j], 8);
-      wide.all[m][j] = begin ? bytes[m][j] : _mm256_add_epi16(wide.all[m][j], bytes[m][j]);
-      wide.odd[m][j] = begin ? upper : _mm256_add_epi16(wide.odd[m][j], upper);
+      sums.first[p][j] = add_in_place(sums.first[p][j], _mm256_and_si256(both[p][j], _mm256_set1_epi8(15)));
+      sums.second[p][j] = _mm256_add_epi16(sums.second[p][j], _mm256_srli_epi16(both[p][j], 4));
+      asm("" : "+x"(sums.second[p][j]));
     }
+}
+
+// As add_pairs, for two pixels an entry.
+template <int PAIRS, int NV>
+__attribute__((noinline)) const Segment* add_signs(const Segment* s, const Segment* end, const uint16_t* image,
+                                                   int64_t step, const uint8_t* panel, const Table& table, bool begin,
+                                                   Wide<2 * PAIRS, NV>& wide) {
+  constexpr int64_t LINE = 32 * NV;
+  PairSums<PAIRS, NV> sums;
+#pragma GCC unroll 2
+  for (int p = 0; p < PAIRS; ++p)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) sums.first[p][j] = sums.second[p][j] = _mm256_setzero_si256();
+  for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
+    const uint16_t *entries = image + s->image, *const stop = entries + s->words;
+    const uint8_t* weights = panel + s->weights * LINE;
+    for (; stop - entries >= 3; entries += 3, weights += 3 * LINE)
+      add_group<3>(entries, step, weights, table.values, sums);
+    for (; entries < stop; ++entries, weights += LINE) add_group<1>(entries, step, weights, table.values, sums);
+  }
+  __m256i bytes[2 * PAIRS][NV];
+#pragma GCC unroll 2
+  for (int p = 0; p < PAIRS; ++p)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      const __m256i below = _mm256_slli_epi16(_mm256_srli_epi16(sums.first[p][j], 8), 4);
+      bytes[2 * p][j] = sums.first[p][j];
+      bytes[2 * p + 1][j] = _mm256_sub_epi16(sums.second[p][j], below);
+    }
+  widen<2 * PAIRS, NV>(bytes, begin, wide);
   return s;
 }
 
 // Calls write(pixel, channel, sums of eight channels).
 template <int MR, int NV, class Write>
-inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wide, int64_t blocks, const Write& write) {
+inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wide, int64_t count, int64_t blocks,
+                                                         const Write& write) {
   const __m256i zero = _mm256_setzero_si256();
-  for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < count; ++m)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
       const __m256i odd = wide.odd[m][j], even = _mm256_sub_epi16(wide.all[m][j], _mm256_slli_epi16(odd, 8));
@@ -92,18 +165,22 @@ inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wi
 }
 
 template <int MR, int NV>
+using AddFunction = const Segment* (*)(const Segment* s, const Segment* end, const uint16_t* image, int64_t step,
+                                       const uint8_t* panel, const Table& table, bool begin, Wide<MR, NV>& wide);
+
+template <int MR, int NV, AddFunction<MR, NV> add>
 void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
   Wide<MR, NV> wide;
   // Copies: for all GCC knows, a store of results changes the tile.
   float* const out = t.out;
   const float *const factor = t.factor, *const added = t.added;
-  const int64_t out_step = t.out_step, blocks = t.blocks;
+  const int64_t out_step = t.out_step, count = t.count, blocks = t.blocks;
   const Segment *s = t.segments, *const end = s + t.segment_count;
   for (bool begin = true; begin || s < end; begin = false)
-    s = add_segments<MR, NV>(s, end, image, t.image_step, panel, table, begin, wide);
+    s = add(s, end, image, t.image_step, panel, table, begin, wide);
   if (int32_t* const totals = t.totals) {
     const __m256i products = _mm256_set1_epi32(t.products), times = _mm256_set1_epi32(table.times);
-    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + m * COLUMNS + o),
                           _mm256_add_epi32(products, _mm256_mullo_epi32(sum, times)));
     });
@@ -117,33 +194,60 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
     return _mm256_mul_ps(total, _mm256_loadu_ps(factor + o));
   };
   if (added)
-    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
       const __m256 value = _mm256_add_ps(scaled(o, sum), _mm256_loadu_ps(added + o));
       _mm256_storeu_ps(out + m * out_step + o, value);
     });
   else
-    for_each_eight(wide, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_ps(out + m * out_step + o, scaled(o, sum));
     });
 }
 
-void multiply(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
-  constexpr void (*TILES[binary::MOST_PIXELS][2])(const Tile&, const Table&, const uint16_t*, const uint8_t*) = {
-      {tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
-      {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
+using TileFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel);
+
+void multiply_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
+  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {{tile<2, 1, add_signs<1, 1>>, tile<2, 2, add_signs<1, 2>>},
+                                                      {tile<4, 1, add_signs<2, 1>>, tile<4, 2, add_signs<2, 2>>}};
+  TILES[(t.count - 1) / 2][t.blocks > 2](t, table, image, panel);
+}
+
+void multiply_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
+#define BE_TILES(count) {tile<count, 1, add_pairs<count, 1>>, tile<count, 2, add_pairs<count, 2>>}
+  constexpr TileFunction TILES[binary::MOST_PIXELS][2] = {BE_TILES(1), BE_TILES(2), BE_TILES(3),
+                                                          BE_TILES(4), BE_TILES(5), BE_TILES(6)};
+#undef BE_TILES
   TILES[t.count - 1][t.blocks > 2](t, table, image, panel);
 }
 
-void make_entries(const uint32_t* words, int64_t runs, int64_t bits, uint16_t* out) {
-  constexpr int PAIR = sizeof signs.values[0];
-  if (bits % binary::WORD == 0) {
-    bits *= runs;
-    runs = 1;
-  }
-  const int64_t entries = entries_of(bits), bytes = (bits + binary::WORD - 1) / binary::WORD * 4;
+// Whole words of runs are one run.
+inline void join_runs(int64_t& runs, int64_t& bits) {
+  if (bits % binary::WORD) return;
+  bits *= runs;
+  runs = 1;
+}
+
+inline int64_t bytes_in_words(int64_t bits) { return (bits + binary::WORD - 1) / binary::WORD * 4; }
+
+void make_sign_entries(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits, uint16_t* out) {
+  join_runs(runs, bits);
+  const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
+  const uint8_t *x = reinterpret_cast<const uint8_t*>(words), *y = reinterpret_cast<const uint8_t*>(seconds);
+  const auto table = [](int both) { return static_cast<uint16_t>(both * 16); };
+  for (int64_t run = 0; run < runs; ++run, x += bytes, y += bytes, out += 2 * count)
+    for (int64_t i = 0; i < count; ++i) {
+      out[2 * i] = table((x[i] & 15) | (y[i] & 15) << 4);
+      out[2 * i + 1] = table(x[i] >> 4 | (y[i] & 240));
+    }
+}
+
+void make_pair_entries(const uint32_t* words, const uint32_t*, int64_t runs, int64_t bits, uint16_t* out) {
+  constexpr int PAIR = 2 * 16;
+  join_runs(runs, bits);
+  const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
   const uint8_t* from = reinterpret_cast<const uint8_t*>(words);
-  for (int64_t run = 0; run < runs; ++run, from += bytes, out += entries)
-    for (int64_t e = 0; e < entries; ++e) out[e] = static_cast<uint16_t>(from[e] * PAIR);
+  for (int64_t run = 0; run < runs; ++run, from += bytes, out += count)
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint16_t>(from[i] * PAIR);
 }
 
 // Of eight lanes of two blocks: [lane % 4, of all four bytes of its word: (first, second block)], and so in each
@@ -164,7 +268,7 @@ void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, in
   const __m256i four = _mm256_set1_epi8(15);
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t k = 0; k < words; ++k) {
-      const int64_t entries = k + 1 < words ? 4 : entries_of(bits - k * binary::WORD);
+      const int64_t entries = k + 1 < words ? 4 : bytes_of(bits - k * binary::WORD);
       for (int64_t j = 0; j < vectors; ++j) {
         const uint32_t* first = weights + 2 * j * block_words + (t * words + k) * LANES;
         const uint32_t* second = 2 * j + 1 < blocks ? first + block_words : nullptr;
@@ -185,7 +289,8 @@ void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, in
 
 }  // namespace
 
-const Lookup lookup_avx2{make_entries, make_panel, multiply};
+const Lookup signs_avx2{SIGN_PIXELS, 2, true, make_sign_entries, make_panel, multiply_signs};
+const Lookup pairs_avx2{binary::MOST_PIXELS, 1, false, make_pair_entries, make_panel, multiply_pairs};
 
 }  // namespace lookup
 }  // namespace bitorch_engine
