@@ -3,7 +3,7 @@
 from bitorch_engine.ops import cpu, triton
 from bitorch_engine.ops.library import Plan, is_plain, plan, unobserved
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
-from bitorch_engine.ops.reference.layout import is_channels_last
+from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
 from bitorch_engine.ops.reference.moments import moment_fits, new_moment
 from bitorch_engine.ops.reference.noise import noise_bits, noise_key, uniform24
@@ -47,6 +47,7 @@ __all__ = [
     "add_",
     "all_within",
     "direction_",
+    "in_memory_format",
     "dither_levels",
     "is_per_row",
     "is_plain",

@@ -11,7 +11,7 @@ _GEOMETRY = (
 pack = define("pack(Tensor values, int bits) -> Tensor", bits.pack, bits.pack_fake)
 unpack = define("unpack(Tensor packed, int bits, SymInt count) -> Tensor", bits.unpack, bits.unpack_fake)
 dequantize = define(
-    "dequantize(Tensor packed, Tensor channel_scale, int bits, SymInt columns, ScalarType dtype) -> Tensor",
+    "dequantize(Tensor packed, Tensor channel_scale, int bits, SymInt columns, ScalarType dtype, int taps=1) -> Tensor",
     bits.dequantize,
     bits.dequantize_fake,
 )

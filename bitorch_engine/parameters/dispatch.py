@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
+from bitorch_engine import ops
 from bitorch_engine.parameters.float_view import FloatView, is_written
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
     if func._schema.is_mutable:
         return _mutate(packed_type, func, args, kwargs)
     recorded = torch.is_grad_enabled() and any(isinstance(a, packed_type) and a.requires_grad for a in args)
-    args, kwargs = _dequantize((args, kwargs), packed_type)
+    channels_last = func in _CONVOLUTIONS and ops.is_channels_last(args[0])
+    args, kwargs = _dequantize((args, kwargs), packed_type, channels_last)
     result = func(*args, **kwargs)
     if recorded or not any(returned.alias_info for returned in func._schema.returns):
         return result  # autograd itself refuses to write through a view of a leaf that requires grad
@@ -186,5 +188,12 @@ def _communicate(packed_type: type["PackedParameter"], func: Any, args: tuple[An
     return [tensor], result
 
 
-def _dequantize(tree: Any, packed_type: type["PackedParameter"]) -> Any:
-    return tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, packed_type) else leaf, tree)
+_CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
+"""Operators whose weight should be in the order of the tensor that they take first: else they copy it."""
+
+
+def _dequantize(tree: Any, packed_type: type["PackedParameter"], channels_last: bool = False) -> Any:
+    def dense(leaf: Any) -> Any:
+        return leaf.dequantize(channels_last=channels_last) if isinstance(leaf, packed_type) else leaf
+
+    return tree_map(dense, tree)

@@ -1,5 +1,6 @@
 """The parameter that holds packed codes: a torch.nn.Parameter whose storage is n bits a weight."""
 
+import math
 import zlib
 from typing import Any
 
@@ -152,10 +153,20 @@ class PackedParameter(nn.Parameter):
         """Bytes that are really stored: codes and scale, and while training the residual and the scale's moments."""
         return sum(t.numel() * t.element_size() for t in self._inner().values() if t is not None)
 
-    def dequantize(self) -> Tensor:
-        """The weight that forward sees, code * scale: the logical shape and dtype, a new tensor."""
+    def dequantize(self, *, channels_last: bool = False) -> Tensor:
+        """The weight that forward sees, code * scale: the logical shape and dtype, a new tensor.
+
+        channels_last: its memory is in channels-last order, where the weight has spatial dimensions.
+        """
         _, columns = self._rows_shape()
-        return self.from_rows(ops.dequantize(self.packed, self.channel_scale, self.w_bit, columns, self.dtype))
+        arguments = (self.packed, self.channel_scale, self.w_bit, columns, self.dtype)
+        taps = math.prod(self.shape[2:])
+        if not channels_last or taps == 1:
+            return self.from_rows(ops.dequantize(*arguments))
+        if self.transposed_groups:
+            return ops.in_memory_format(self.from_rows(ops.dequantize(*arguments)), True)
+        rows = ops.dequantize(*arguments, taps)
+        return rows.view(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
 
     def numpy(self, *, force: bool = False) -> Any:
         """The dequantized weight as a NumPy array, a copy. As for any tensor, only without gradient (or ``force``)."""

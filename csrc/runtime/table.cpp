@@ -23,6 +23,7 @@ const Row kernels[] = {
     finish_kernel.row(),
     split_kernel.row(),
     interleave_kernel.row(),
+    widen_kernel.row(),
     largest_by_column_kernel.row(),
     largest_kernel.row(),
     round_kernel.row(),

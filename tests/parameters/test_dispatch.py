@@ -63,6 +63,28 @@ class TestReads:
         with torch.no_grad():
             assert torch.equal(operator(weight), expected)
 
+    @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+    @pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 6, 5), (4, 6, 2, 3, 2), (4, 6, 1, 1), (0, 6, 3, 3)])
+    def test_dequantizing_to_channels_last_changes_the_memory_order_alone(
+        self, shape: tuple[int, ...], transposed: bool
+    ) -> None:
+        weight = nBitConvParameter(torch.randn(shape), w_bit=3, transposed=transposed)
+        found = weight.dequantize(channels_last=True)
+        assert torch.equal(found, weight.dequantize())
+        assert found.movedim(1, -1).is_contiguous()
+
+    def test_convolutions_of_channels_last_images_are_those_of_others(self) -> None:
+        weight, x = nBitConvParameter(torch.randn(4, 6, 3, 3), w_bit=3), torch.randn(2, 6, 5, 5)
+        outputs, grads = [], []
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            image = x.contiguous(memory_format=memory_format).requires_grad_()
+            y = F.conv2d(image, weight)
+            assert y.is_contiguous(memory_format=memory_format)
+            outputs.append(y)
+            grads.append(torch.autograd.grad(y.square().sum(), (image, weight)))
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
     def test_gradients_flow_through_any_operator(self) -> None:
         weight = nBitConvParameter(torch.randn(4, 6, 3, 3), w_bit=3)
         dense = weight.dequantize().requires_grad_()

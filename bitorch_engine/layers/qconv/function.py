@@ -34,7 +34,7 @@ class QuantizedConvolution(torch.autograd.Function):
         ctx.channels_last = ops.is_channels_last(x)
         if a_bit is None or scale is None or low is None:
             ctx.save_for_backward(weight, x)
-            return geometry.forward(x, _float(weight, x.dtype))
+            return geometry.forward(x, _float(weight, x.dtype, ctx.channels_last))
         codes, beyond, poison = ops.quantize_activation(x, scale, low, a_bit)
         ctx.save_for_backward(weight, codes, beyond, scale, low)
         if not isinstance(weight, PackedParameter):
@@ -74,7 +74,8 @@ class QuantizedConvolution(torch.autograd.Function):
 def _grad_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
     geometry, g_bit = ctx.geometry, ctx.g_bit
     if g_bit is None:
-        return geometry.grad_input(grad, _float(weight, grad.dtype), ctx.shape).to(ctx.dtype)
+        floats = _float(weight, grad.dtype, ops.is_channels_last(grad))
+        return geometry.grad_input(grad, floats, ctx.shape).to(ctx.dtype)
     if not isinstance(weight, PackedParameter):
         grad = _round_gradient(grad, g_bit, 0).to(weight.dtype)
         return geometry.grad_input(grad, weight, ctx.shape).to(ctx.dtype)
@@ -113,5 +114,5 @@ def _round_gradient(grad: Tensor, g_bit: int, keep: int) -> Tensor:
     return (codes.movedim(-1, 1) * scale).to(grad.dtype)
 
 
-def _float(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.dequantize() if isinstance(weight, PackedParameter) else weight).to(dtype)
+def _float(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    return (weight.dequantize(channels_last=channels_last) if isinstance(weight, PackedParameter) else weight).to(dtype)

@@ -16,6 +16,7 @@ _quantize = function(
 )
 _values = function("be_activation_values", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, POINTER, INT)
 _dequantize = function("be_dequantize", POINTER, INT64, INT64, POINTER, INT, POINTER, INT)
+_dequantize_taps_first = function("be_dequantize_taps_first", POINTER, *[INT64] * 3, POINTER, INT, POINTER, INT)
 _largest = function("be_gradient_largest", POINTER, *[INT64] * 3, INT, POINTER, INT)
 _round = function("be_gradient_round", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, INT, INT, POINTER, INT)
 _straight_through = function(
@@ -83,10 +84,15 @@ def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, b
     return out.to(grad.dtype), scale_grad
 
 
-def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype, taps: int = 1
+) -> Tensor:
     out = torch.empty(channel_scale.numel(), columns, dtype=torch.float32)
-    scale = channel_scale.contiguous()
-    _dequantize(packed.data_ptr(), *out.shape, scale.data_ptr(), bits, out.data_ptr(), threads())
+    scale, rest = channel_scale.contiguous(), (bits, out.data_ptr(), threads())
+    if taps == 1:
+        _dequantize(packed.data_ptr(), *out.shape, scale.data_ptr(), *rest)
+    else:
+        _dequantize_taps_first(packed.data_ptr(), len(out), columns // taps, taps, scale.data_ptr(), *rest)
     return out.to(dtype)
 
 

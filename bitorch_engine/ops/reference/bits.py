@@ -26,11 +26,19 @@ def unpack_fake(packed: Tensor, bits: int, count: int) -> Tensor:
     return packed.new_empty(count, dtype=torch.uint8)
 
 
-def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weights, code * scale, of a packed stream: (R, columns) in ``dtype``, one row a scale."""
+def dequantize(
+    packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype, taps: int = 1
+) -> Tensor:
+    """The weights, code * scale, of a packed stream: (R, columns) in ``dtype``, one row a scale.
+
+    taps: each row, (columns / taps, taps), is given as (taps, columns / taps): channels last.
+    """
     codes = bit_format(bits).codes(_unpack(packed, bits, channel_scale.numel() * columns))
-    return (codes.view(-1, columns) * channel_scale[:, None]).to(dtype)
+    rows = (codes.view(-1, columns) * channel_scale[:, None]).to(dtype)
+    return rows if taps == 1 else rows.unflatten(1, (columns // taps, taps)).transpose(1, 2).reshape(-1, columns)
 
 
-def dequantize_fake(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize_fake(
+    packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype, taps: int = 1
+) -> Tensor:
     return packed.new_empty((channel_scale.numel(), columns), dtype=dtype)

@@ -37,9 +37,11 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return values
 
 
-def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype, taps: int = 1
+) -> Tensor:
     if channel_scale.dtype != torch.float32 or columns > MOST_IN_INT32:
-        return reference.dequantize(packed, channel_scale, bits, columns, dtype)
+        return reference.dequantize(packed, channel_scale, bits, columns, dtype, taps)
     out = packed.new_empty((channel_scale.numel(), columns), dtype=dtype)
     form = bit_format(bits)
     if out.numel():
@@ -55,7 +57,7 @@ def dequantize(packed: Tensor, channel_scale: Tensor, bits: int, columns: int, d
             STEP=form.step,
             BLOCK=_BLOCK,
         )
-    return out
+    return out if taps == 1 else out.unflatten(1, (columns // taps, taps)).transpose(1, 2).reshape(-1, columns)
 
 
 @triton.jit

@@ -81,13 +81,14 @@ def test_quantize_gradient(isa: str, bits: int, keep: int) -> None:
 @ISAS
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_dequantize(isa: str, bits: int) -> None:
-    for rows, columns in [(1, 1), (3, 7), (5, 64), (2, 5000)]:
+    for rows, columns, taps in [(1, 1, 1), (3, 7, 7), (5, 64, 1), (2, 5000, 1), (3, 324, 9), (2, 450, 25), (4, 51, 3)]:
         index = torch.randint(0, 1 << bits, (rows * columns,), dtype=torch.uint8)
         packed, scale = ops.pack(index, bits), torch.rand(rows)
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             with cpu.cap_isa(isa):
-                found = ops.dequantize(packed, scale, bits, columns, dtype)
-            assert torch.equal(found, reference_bits.dequantize(packed, scale, bits, columns, dtype))
+                found = ops.dequantize(packed, scale, bits, columns, dtype, taps)
+            wanted = reference_bits.dequantize(packed, scale, bits, columns, dtype)
+            assert torch.equal(found, wanted.view(rows, -1, taps).movedim(1, 2).flatten(1))
 
 
 def test_the_ops_pass_opcheck() -> None:

@@ -49,7 +49,7 @@ class _Forward(nBitConv):
             # there as floats: the way of a tensor subclass through torch's dispatcher takes 0.15 ms a call.
             weight = self.weight
             if isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
-                weight = weight.dequantize()
+                weight = weight.dequantize(channels_last=ops.is_channels_last(input))
             return self._conv_forward(input, weight, self.bias)
         if input.dim() == len(self.kernel_size) + 1:
             return _Forward.forward(self, input.unsqueeze(0)).squeeze(0)
