@@ -1,5 +1,5 @@
-// Activations as integers of three bytes, for vectors of WIDTH bytes. Included once per instruction set, so that the
-// compiler uses its vectors.
+// Activations as integers of some bytes, for vectors of WIDTH bytes whose sums are numbers of type Lane. Included once per
+// instruction set, so that the compiler uses its vectors.
 #include <cmath>
 #include <cstring>
 
@@ -45,53 +45,48 @@ inline int64_t group_columns(int64_t left, int64_t vector) {
   return left < GROUP ? (left + vector - 1) / vector * vector : GROUP;
 }
 
-// Of four, as signed numbers.
-inline int32_t sum_of_bytes(const int8_t* bytes) {
-  uint32_t word;
-  std::memcpy(&word, bytes, 4);
-  const auto top = [](uint32_t x) { return static_cast<int32_t>(x) >> 24; };
-  return top(word) + top(word << 8) + top(word << 16) + top(word << 24);
-}
-
-// A group of integers as digits. Returns where the next group's begin.
-template <int64_t WIDTH, int64_t PER_BYTE>
-int8_t* put_digits(const int32_t* q, int64_t count, int8_t* out, int32_t* corrections) {
-  alignas(64) int8_t digits[3][GROUP];
-  for (int64_t k = 0; k < count; ++k) {
-    const int32_t above = (q[k] + 128) >> 8, high = (above + 128) >> 8;  // rounded, so that digits are signed
-    digits[0][k] = static_cast<int8_t>(q[k] - above * 256);
-    digits[1][k] = static_cast<int8_t>(above - high * 256);
-    digits[2][k] = static_cast<int8_t>(high);
-  }
-  // Every lane is corrected by itself: what cancels must do so before it is rounded.
-  int32_t sums[3][WIDTH / 4] = {};
+// The digits of a group in the order of its vectors, and their corrections. Returns where the next group's begin, or null
+// where a lane is too short for the sum, which is the largest where all digits are -128 and all weights the lowest.
+template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
+int8_t* put_digits(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int8_t* out, uint8_t* corrections) {
+  typedef Lane Vector __attribute__((vector_size(WIDTH)));
+  constexpr int LANES = WIDTH / sizeof(Lane), TOP = 8 * sizeof(Lane) - 8;
+  const int8_t* placed = out;
   for (int64_t byte = 0; byte < count / PER_BYTE; byte += WIDTH)
     for (int64_t j = 0; j < PER_BYTE; ++j)
-      for (int d = 0; d < 3; ++d, out += WIDTH) {
+      for (int d = 0; d < DIGITS; ++d, out += WIDTH)
         for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][(byte + i) * PER_BYTE + j];
-        for (int64_t i = 0; i < WIDTH / 4; ++i) sums[d][i] += sum_of_bytes(out + 4 * i);
-      }
+  // Every lane is corrected by itself: what cancels must do so before it is rounded.
+  Vector sums[DIGITS] = {};
+  while (placed < out)
+    for (int d = 0; d < DIGITS; ++d, placed += WIDTH) {
+      Vector bytes;
+      std::memcpy(&bytes, placed, WIDTH);
+      for (int left = TOP; left >= 0; left -= 8) sums[d] += bytes << left >> TOP;
+    }
   const int32_t lowest = lowest_code(8 / PER_BYTE);
-  std::memset(corrections, 0, 48 * sizeof(int32_t));
-  for (int d = 0; d < 3; ++d)
-    for (int64_t i = 0; i < WIDTH / 4; ++i) corrections[16 * d + i] = sums[d][i] * lowest;
-  return out;
+  bool fits = true;
+  for (int d = 0; d < DIGITS; ++d) {
+    for (int64_t i = 0; i < LANES; ++i) {
+      const int32_t correction = sums[d][i] * lowest;
+      sums[d][i] = static_cast<Lane>(correction);
+      fits &= sums[d][i] == correction;
+    }
+    std::memcpy(corrections + d * WIDEST, &sums[d], WIDTH);
+  }
+  return fits ? out : nullptr;
 }
 
-inline void put_scales(float scale, float* scales) {
-  scales[0] = scale;
-  scales[1] = scale * 256;
-  scales[2] = scale * 65536;
-}
-
-template <int64_t WIDTH, int64_t PER_BYTE>
-bool split_digits_of(const float* x, const Digits& to) {
+template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
+bool split_floats_of(const float* x, const Digits& to) {
+  constexpr int32_t LARGEST = 0x7f7f7f >> 8 * (3 - DIGITS);
   int8_t* out = to.digits;
-  int32_t* corrections = to.corrections;
+  uint8_t* corrections = to.corrections;
   float* scales = to.scales;
   float padded[GROUP];
   int32_t q[GROUP];
-  for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 48, scales += 3) {
+  alignas(64) int8_t digits[DIGITS][GROUP];
+  for (int64_t first = 0; first < to.columns && out; first += GROUP, corrections += 3 * WIDEST, scales += 3) {
     const float* values = x + first;
     const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
     if (left < count) {
@@ -103,38 +98,63 @@ bool split_digits_of(const float* x, const Digits& to) {
     if (!(largest <= 3e38f) || (largest > 0 && largest < 1e-25f)) return false;
     if (!is_even(values, count, largest)) return false;
     const float inverse = largest > 0 ? LARGEST / largest : 0;
-    put_scales(largest / LARGEST, scales);
+    for (int d = 0; d < DIGITS; ++d) scales[d] = largest / LARGEST * static_cast<float>(1 << 8 * d);
     for (int64_t k = 0; k < count; ++k) {
       const float rounded = std::nearbyint(values[k] * inverse);
       q[k] = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
     }
-    out = put_digits<WIDTH, PER_BYTE>(q, count, out, corrections);
+    for (int64_t k = 0; k < count; ++k) {
+      int32_t rest = q[k];
+#pragma GCC unroll 3
+      for (int d = 0; d < DIGITS; ++d) {
+        const int32_t above = (rest + 128) >> 8;  // rounded, so that digits are signed
+        digits[d][k] = static_cast<int8_t>(rest - above * 256);
+        rest = above;
+      }
+    }
+    out = put_digits<Lane, WIDTH, PER_BYTE>(digits, count, out, corrections);
   }
-  return true;
+  return out;
 }
 
-template <int64_t WIDTH, int64_t PER_BYTE>
+// value = 2 * high + low: none of the digits is -128, so that every sum fits.
+template <class Lane, int64_t WIDTH, int64_t PER_BYTE>
 void split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
   int8_t* out = to.digits;
-  int32_t* corrections = to.corrections;
+  uint8_t* corrections = to.corrections;
   float* scales = to.scales;
-  int32_t q[GROUP];
-  for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 48, scales += 3) {
+  alignas(64) int8_t digits[2][GROUP];
+  for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 3 * WIDEST, scales += 3) {
     const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
-    for (int64_t k = 0; k < count; ++k) q[k] = k < left ? bytes[first + k] - zero : 0;
-    put_scales(1, scales);
-    out = put_digits<WIDTH, PER_BYTE>(q, count, out, corrections);
+    for (int64_t k = 0; k < count; ++k) {
+      const int value = k < left ? bytes[first + k] - zero : 0;
+      digits[0][k] = static_cast<int8_t>(value & 1);
+      digits[1][k] = static_cast<int8_t>(value >> 1);
+    }
+    scales[0] = 1;
+    scales[1] = 2;
+    out = put_digits<Lane, WIDTH, PER_BYTE>(digits, count, out, corrections);
   }
 }
 
-template <int64_t WIDTH>
-bool split_digits(const float* x, int bits, const Digits& to) {
-  return (bits == 1 ? split_digits_of<WIDTH, 8> : bits == 2 ? split_digits_of<WIDTH, 4> : split_digits_of<WIDTH, 2>)(x, to);
+template <class Lane, int64_t WIDTH, int DIGITS>
+bool split_floats(const float* x, int bits, const Digits& to) {
+  const auto split = bits == 1   ? split_floats_of<Lane, WIDTH, 8, DIGITS>
+                     : bits == 2 ? split_floats_of<Lane, WIDTH, 4, DIGITS>
+                                 : split_floats_of<Lane, WIDTH, 2, DIGITS>;
+  return split(x, to);
 }
 
-template <int64_t WIDTH>
+template <class Lane, int64_t WIDTH>
+bool split_digits(const float* x, int bits, const Digits& to) {
+  return (to.count == 2 ? split_floats<Lane, WIDTH, 2> : split_floats<Lane, WIDTH, 3>)(x, bits, to);
+}
+
+template <class Lane, int64_t WIDTH>
 void split_bytes(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  const auto split = bits == 1 ? split_bytes_of<WIDTH, 8> : bits == 2 ? split_bytes_of<WIDTH, 4> : split_bytes_of<WIDTH, 2>;
+  const auto split = bits == 1   ? split_bytes_of<Lane, WIDTH, 8>
+                     : bits == 2 ? split_bytes_of<Lane, WIDTH, 4>
+                                 : split_bytes_of<Lane, WIDTH, 2>;
   split(bytes, zero, to);
 }
 

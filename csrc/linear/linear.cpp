@@ -25,23 +25,25 @@ constexpr int64_t WEIGHTS = 1 << 16;  // that a thread takes at least
 // than twice what float32 loses.
 constexpr int64_t FEWEST_COLUMNS = 128;
 
-// Rows of activations as digits, one after the other.
+// Rows of activations as `count` digits, one after the other.
 struct DigitRows {
   int64_t columns, groups;
+  int count;
   Buffer<int8_t> digits;
-  Buffer<int32_t> corrections;
+  Buffer<uint8_t> corrections;
   Buffer<float> scales;
 
-  DigitRows(int64_t rows, int64_t columns)
+  DigitRows(int64_t rows, int64_t columns, int count)
       : columns(columns),
         groups((columns + GROUP - 1) / GROUP),
-        digits(new_buffer<int8_t>(rows * groups * GROUP * 3)),
-        corrections(new_buffer<int32_t>(rows * groups * 48)),
+        count(count),
+        digits(new_buffer<int8_t>(rows * groups * GROUP * count)),
+        corrections(new_buffer<uint8_t>(rows * groups * 3 * WIDEST)),
         scales(new_buffer<float>(rows * groups * 3)) {}
 
   Digits row(int64_t r) const {
-    return {digits.get() + r * groups * GROUP * 3, corrections.get() + r * groups * 48,
-            scales.get() + r * groups * 3, columns};
+    return {digits.get() + r * groups * GROUP * count, corrections.get() + r * groups * 3 * WIDEST,
+            scales.get() + r * groups * 3, columns, count};
   }
 };
 
@@ -90,7 +92,7 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
 // x: (rows, columns).  out: (rows, channels).  left: as of be_linear_digits, or null: then all rows are multiplied.
 int64_t multiply(const Weights& weights, const float* x, int64_t rows, float* out, uint8_t* left, int threads) {
   const bool whole = has_whole_values(weights.bits) && weights.columns >= FEWEST_COLUMNS;
-  const DigitRows digits(whole ? rows : 0, weights.columns);
+  const DigitRows digits(whole ? rows : 0, weights.columns, 3);
   std::vector<Digits> exact;
   std::vector<float*> exact_out;
   std::vector<int64_t> others;
@@ -166,7 +168,7 @@ BE_EXPORT int be_linear_codes(const PlannedCodes* p, const void* x, void* out) {
   const ActivationRule rule{1.0f / *p->scale, *p->low, x_bits, x_bits == 1 ? 2 : 1};
   const auto quantize = quantize_activation_kernel.pick();
   if (quantize(x, FLOAT32, p->columns, 1, 1, p->columns, rule, codes.get(), p->columns, nullptr)) return 1;
-  const DigitRows digits(1, p->columns);
+  const DigitRows digits(1, p->columns, 2);
   split_bytes_kernel.pick()(codes.get(), x_bits == 1 ? 1 : static_cast<int>(-*p->low), bits, digits.row(0));
   const Buffer<float> factor = new_buffer<float>(p->channels);
   for (int64_t c = 0; c < p->channels; ++c) factor[c] = p->factor[c] * *p->scale;

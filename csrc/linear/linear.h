@@ -6,8 +6,8 @@
 //   q = 65536 * high + 256 * middle + low,   each digit a signed byte,
 //
 // which is as exact as float32 unless a group has values that are far larger than the others: a weight may be 0 there,
-// and the others then have fewer digits than they need. Sums of index * digit are exact, and so is taking
-// lowest_code * digit from them; a sum of a group becomes float, once for each digit, and is multiplied by s.
+// and the others then have fewer digits than they need. Sums of code * digit are exact; a sum of a group becomes float,
+// once for each digit, and is multiplied by s.
 // The other widths are unpacked, and multiplied as floats, and so are activations whose digits would not be exact.
 #pragma once
 
@@ -19,29 +19,31 @@ namespace bitorch_engine {
 
 constexpr int64_t GROUP = 512;       // columns whose activations have one scale
 constexpr int64_t WIDEST = 64;       // bytes of a vector, at most
-constexpr float LARGEST = 8355711;   // 0x7f7f7f: the largest number whose digits are signed bytes
 
 static inline bool has_whole_values(int bits) { return bits == 1 || bits == 2 || bits == 4; }
 
 // One row of activations, as a kernel with vectors of `width` bytes reads it. Of every group:
-//   digits       [vector of `width` packed bytes][position of a value in its byte][low, middle, high][width]
+//   digits       [vector of `width` packed bytes][position of a value in its byte][digit, the lowest first][width]
 //                of the last group only those vectors that have columns
-//   corrections  [low, middle, high][16]: the lowest code times the sum of the digits that a 32-bit lane adds
-//   scales       s, s * 256, s * 65536
+//   corrections  [digit, of three][WIDEST bytes]: the lowest code times the sum of the digits that a lane of the kernel's
+//                sums adds. Sums of index * digit begin with it. It has 32 bits, in AVX2 16: two products of each of 16
+//                positions, (0 .. 15) - 8 times -128 .. 127, fit unless all are the largest.
+//   scales       [digit, of three]
 struct Digits {
   int8_t* digits;
-  int32_t* corrections;
+  uint8_t* corrections;
   float* scales;
   int64_t columns;
+  int count;  // of digits: 2 or 3
 };
 
 // Returns false where a value is not finite or tiny, or where the largest of a group is above about sixteen ordinary
-// ones (is_even of digits.h). Up to there rounding to digits, s / sqrt(12), moves an ordinary value by at most nine times
-// 2**-24 of it, which is about half of what float32 sums of some hundred products are off.
+// ones (is_even of digits.h), or where sums would not fit. Up to there rounding to three digits, s / sqrt(12), moves an
+// ordinary value by at most nine times 2**-24 of it, which is about half of what float32 sums of some hundred products are
+// off.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
-// Digits of bytes[k] - zero, exact, with the scale 1: the codes of an activation. Their products and sums are integers, so
-// that floats hold them exactly below 2**24.
+// Two digits of bytes[k] - zero, exact. Their products and sums are integers, so that floats hold them exactly below 2**24.
 using SplitBytesFunction = void (*)(const uint8_t* bytes, int zero, int bits, const Digits& to);
 
 constexpr int CHANNELS = 4;       // rows of weights that are multiplied at a time

@@ -8,12 +8,14 @@ namespace {
 
 constexpr int64_t WIDTH = 32;
 
+using Lane = int32_t;
+
 }  // namespace
 
-bool split_digits_scalar(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
+bool split_digits_scalar(const float* x, int bits, const Digits& to) { return split_digits<Lane, WIDTH>(x, bits, to); }
 
 void split_bytes_scalar(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  split_bytes<WIDTH>(bytes, zero, bits, to);
+  split_bytes<Lane, WIDTH>(bytes, zero, bits, to);
 }
 
 void dot_digits_scalar(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
@@ -26,14 +28,17 @@ void dot_digits_scalar(const uint8_t* const* weights, int64_t channels, int64_t 
       float sum = 0;
       for (int64_t g = 0; g * GROUP < x[r].columns; ++g) {
         int32_t totals[3] = {};
-        for (int d = 0; d < 3; ++d)
-          for (int lane = 0; lane < 16; ++lane) totals[d] += x[r].corrections[48 * g + 16 * d + lane];
+        for (int d = 0; d < x[r].count; ++d) {
+          Lane lanes[WIDTH / sizeof(Lane)];
+          std::memcpy(lanes, x[r].corrections + (3 * g + d) * WIDEST, WIDTH);
+          for (Lane lane : lanes) totals[d] += lane;
+        }
         for (int64_t start = g * group_bytes; start < (g + 1) * group_bytes; start += WIDTH)
-          for (int64_t j = 0; j < per_byte; ++j, digits += 3 * WIDTH)
+          for (int64_t j = 0; j < per_byte; ++j, digits += x[r].count * WIDTH)
             for (int64_t i = 0; i < WIDTH && start + i < row_bytes; ++i)
-              for (int d = 0; d < 3; ++d)
+              for (int d = 0; d < x[r].count; ++d)
                 totals[d] += (weights[c][start + i] >> (j * bits) & mask) * step * digits[d * WIDTH + i];
-        for (int d = 0; d < 3; ++d) sum += static_cast<float>(totals[d]) * x[r].scales[3 * g + d];
+        for (int d = 0; d < x[r].count; ++d) sum += static_cast<float>(totals[d]) * x[r].scales[3 * g + d];
       }
       sums[r * channels + c] = sum;
     }

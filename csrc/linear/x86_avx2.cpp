@@ -9,6 +9,9 @@ namespace bitorch_engine {
 namespace {
 
 constexpr int64_t WIDTH = 32;
+constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are needed
+
+using Lane = int16_t;
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -22,84 +25,59 @@ inline __m256i values(__m256i bytes, int place) {
   return _mm256_and_si256(_mm256_srli_epi16(bytes, place * BITS), _mm256_set1_epi8((1 << BITS) - 1));
 }
 
-struct Sums {
-  __m256i low, middle, high;
-};
-
-inline void widen_add(__m256i& total, __m256i pairs) {
-  total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-// At most SOME vectors of bytes of two rows, whose pairs of products fit 16 bits together: 2 * 15 * 128 * 8 at 4 bits.
-template <int BITS>
-inline void add_some(const uint8_t* a, const uint8_t* b, const int8_t* digits, int64_t vectors, Sums& of_a, Sums& of_b) {
-  __m256i p = _mm256_setzero_si256(), q = p, r = p, s = p, t = p, u = p;
-#pragma GCC unroll 1
-  for (int64_t v = 0; v < vectors; ++v, a += WIDTH, b += WIDTH) {
-    const __m256i bytes_a = load(a), bytes_b = load(b);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8 / BITS; ++j, digits += 3 * WIDTH) {
-      __m256i low = load(digits), middle = load(digits + WIDTH), high = load(digits + 2 * WIDTH);
-      asm("" : "+x"(low), "+x"(middle), "+x"(high));  // loaded once for both rows
-      const __m256i wa = values<BITS>(bytes_a, j), wb = values<BITS>(bytes_b, j);
-      p = _mm256_add_epi16(p, _mm256_maddubs_epi16(wa, low));
-      q = _mm256_add_epi16(q, _mm256_maddubs_epi16(wa, middle));
-      r = _mm256_add_epi16(r, _mm256_maddubs_epi16(wa, high));
-      s = _mm256_add_epi16(s, _mm256_maddubs_epi16(wb, low));
-      t = _mm256_add_epi16(t, _mm256_maddubs_epi16(wb, middle));
-      u = _mm256_add_epi16(u, _mm256_maddubs_epi16(wb, high));
-      // GCC would load what all steps need first, and have no registers for it.
-      asm volatile("" : "+x"(p), "+x"(q), "+x"(r), "+x"(s), "+x"(t), "+x"(u)::"memory");
-    }
-  }
-  widen_add(of_a.low, p);
-  widen_add(of_a.middle, q);
-  widen_add(of_a.high, r);
-  widen_add(of_b.low, s);
-  widen_add(of_b.middle, t);
-  widen_add(of_b.high, u);
-}
-
-inline __m256 scaled(const Sums& sums, const float* scales, __m256 to) {
-  to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.low), _mm256_set1_ps(scales[0]), to);
-  to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.middle), _mm256_set1_ps(scales[1]), to);
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.high), _mm256_set1_ps(scales[2]), to);
-}
-
 inline float sum_of(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-template <int BITS>
+// The sums of a group become floats.
+inline __m256 add_scaled(__m256 sum, __m256i pairs, float scale) {
+  const __m256i four = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(four), _mm256_set1_ps(scale), sum);
+}
+
+template <int BITS, int DIGITS>
 void dot_two(const uint8_t* a, const uint8_t* b, int64_t row_bytes, const Digits& x, float* sums) {
-  constexpr int64_t BYTES = GROUP * BITS / 8, VECTORS = BYTES / WIDTH, SOME = VECTORS < 4 ? VECTORS : 4;
+  constexpr int64_t BYTES = GROUP * BITS / 8;
   __m256 sum_a = _mm256_setzero_ps(), sum_b = sum_a;
   uint8_t last[2][BYTES];
   const int8_t* digits = x.digits;
   for (int64_t start = 0, g = 0; start < row_bytes; start += BYTES, ++g) {
+    // Row b lies behind row a: memory is read in one stream, of which this is asked for before it is needed.
+    for (int64_t line = 0; line < 2 * BYTES; line += 64) __builtin_prefetch(a + 2 * start + line + AHEAD);
     const uint8_t *from_a = a + start, *from_b = b + start;
-    const int64_t left = row_bytes - start, vectors = left < BYTES ? (left + WIDTH - 1) / WIDTH : VECTORS;
-    if (left < vectors * WIDTH) {  // what follows is another row, or not there
+    const int64_t left = row_bytes - start, bytes = left < BYTES ? left : BYTES;
+    if (bytes % WIDTH) {  // what follows is another row, or not there
       __builtin_memset(last, 0, sizeof last);
-      __builtin_memcpy(last[0], from_a, left);
-      __builtin_memcpy(last[1], from_b, left);
+      __builtin_memcpy(last[0], from_a, bytes);
+      __builtin_memcpy(last[1], from_b, bytes);
       from_a = last[0];
       from_b = last[1];
     }
-    const int32_t* corrections = x.corrections + 48 * g;
-    Sums of_a{load(corrections), load(corrections + 16), load(corrections + 32)}, of_b = of_a;
-    for (int64_t v = 0; v < vectors; v += SOME, digits += SOME * (8 / BITS) * 3 * WIDTH) {
-      const int64_t some = vectors - v < SOME ? vectors - v : SOME;
-      add_some<BITS>(from_a + v * WIDTH, from_b + v * WIDTH, digits, some, of_a, of_b);
+    __m256i of_a[DIGITS], of_b[DIGITS];
+#pragma GCC unroll 3
+    for (int d = 0; d < DIGITS; ++d) of_a[d] = of_b[d] = load(x.corrections + (3 * g + d) * WIDEST);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < bytes; i += WIDTH) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8 / BITS; ++j, digits += DIGITS * WIDTH) {
+        const __m256i wa = values<BITS>(load(from_a + i), j), wb = values<BITS>(load(from_b + i), j);
+#pragma GCC unroll 3
+        for (int d = 0; d < DIGITS; ++d) {
+          const __m256i digit = load(digits + d * WIDTH);
+          of_a[d] = _mm256_add_epi16(of_a[d], _mm256_maddubs_epi16(wa, digit));
+          of_b[d] = _mm256_add_epi16(of_b[d], _mm256_maddubs_epi16(wb, digit));
+          // GCC would load what all steps need first, and have no registers for it.
+          asm volatile("" : "+x"(of_a[d]), "+x"(of_b[d])::"memory");
+        }
+      }
     }
-    for (int64_t line = 0; line < vectors * WIDTH; line += 64) {  // of the next two rows
-      __builtin_prefetch(a + start + line + 2 * row_bytes);
-      __builtin_prefetch(b + start + line + 2 * row_bytes);
+#pragma GCC unroll 3
+    for (int d = 0; d < DIGITS; ++d) {
+      sum_a = add_scaled(sum_a, of_a[d], x.scales[3 * g + d]);
+      sum_b = add_scaled(sum_b, of_b[d], x.scales[3 * g + d]);
     }
-    sum_a = scaled(of_a, x.scales + 3 * g, sum_a);
-    sum_b = scaled(of_b, x.scales + 3 * g, sum_b);
   }
   sums[0] = sum_of(sum_a);
   sums[1] = sum_of(sum_b);
@@ -107,17 +85,20 @@ void dot_two(const uint8_t* a, const uint8_t* b, int64_t row_bytes, const Digits
 
 }  // namespace
 
-bool split_digits_avx2(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
+bool split_digits_avx2(const float* x, int bits, const Digits& to) { return split_digits<Lane, WIDTH>(x, bits, to); }
 
 void split_bytes_avx2(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  split_bytes<WIDTH>(bytes, zero, bits, to);
+  split_bytes<Lane, WIDTH>(bytes, zero, bits, to);
 }
 
 void dot_digits_avx2(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
                      int64_t rows, float* sums) {
-  const auto dot = bits == 1 ? dot_two<1> : bits == 2 ? dot_two<2> : dot_two<4>;
-  for (int64_t r = 0; r < rows; ++r)
+  const auto two = bits == 1 ? dot_two<1, 2> : bits == 2 ? dot_two<2, 2> : dot_two<4, 2>;
+  const auto three = bits == 1 ? dot_two<1, 3> : bits == 2 ? dot_two<2, 3> : dot_two<4, 3>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto dot = x[r].count == 2 ? two : three;
     for (int64_t c = 0; c < channels; c += 2) dot(weights[c], weights[c + 1], row_bytes, x[r], sums + r * channels + c);
+  }
 }
 
 float dot_avx2(const uint8_t* packed, const float* x, int64_t count, int bits) {

@@ -26,7 +26,7 @@ inline __m512i values(__m512i bytes, int place) {
 // A group of a row of activations.
 struct Piece {
   const int8_t* digits;
-  const int32_t* corrections;
+  const uint8_t* corrections;
   const float* scales;
 };
 
@@ -34,16 +34,16 @@ struct Piece {
 // sums each; those of the next row of activations lie `stride` behind. The accumulators of four channels and two rows
 // fill the registers: they stay there only in a function that is nothing but this loop, and if bytes that were loaded for
 // one place are not kept for the next.
-template <int BITS, int ROWS>
+template <int BITS, int DIGITS, int ROWS>
 __attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t start, int64_t left, const Piece* x,
                                          float* sums, int64_t stride) {
-  __m512i total[ROWS][3][CHANNELS];
+  __m512i total[ROWS][DIGITS][CHANNELS];
 #pragma GCC unroll 2
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 3
-    for (int d = 0; d < 3; ++d)
+    for (int d = 0; d < DIGITS; ++d)
 #pragma GCC unroll 4
-      for (int c = 0; c < CHANNELS; ++c) total[r][d][c] = _mm512_loadu_si512(x[r].corrections + 16 * d);
+      for (int c = 0; c < CHANNELS; ++c) total[r][d][c] = _mm512_loadu_si512(x[r].corrections + d * WIDEST);
   const uint8_t *w0 = weights[0] + start, *w1 = weights[1] + start, *w2 = weights[2] + start, *w3 = weights[3] + start;
   const int8_t *x0 = x[0].digits, *x1 = x[ROWS - 1].digits;
 #pragma GCC unroll 4
@@ -56,7 +56,7 @@ __attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t 
     __builtin_prefetch(w2 + place + AHEAD, 0, 2);
     __builtin_prefetch(w3 + place + AHEAD, 0, 2);
 #pragma GCC unroll 8
-    for (int j = 0; j < 8 / BITS; ++j, x0 += 3 * WIDTH, x1 += 3 * WIDTH) {
+    for (int j = 0; j < 8 / BITS; ++j, x0 += DIGITS * WIDTH, x1 += DIGITS * WIDTH) {
       const __m512i w[CHANNELS] = {values<BITS>(_mm512_maskz_loadu_epi8(mask, w0 + place), j),
                                    values<BITS>(_mm512_maskz_loadu_epi8(mask, w1 + place), j),
                                    values<BITS>(_mm512_maskz_loadu_epi8(mask, w2 + place), j),
@@ -64,7 +64,7 @@ __attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t 
 #pragma GCC unroll 2
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 3
-        for (int d = 0; d < 3; ++d) {
+        for (int d = 0; d < DIGITS; ++d) {
           const __m512i digits = _mm512_loadu_si512((r ? x1 : x0) + WIDTH * d);
 #pragma GCC unroll 4
           for (int c = 0; c < CHANNELS; ++c) total[r][d][c] = _mm512_dpbusd_epi32(total[r][d][c], w[c], digits);
@@ -79,14 +79,14 @@ __attribute__((noinline)) void add_group(const uint8_t* const* weights, int64_t 
       float* parts = sums + r * stride + 16 * c;
       __m512 sum = _mm512_load_ps(parts);
 #pragma GCC unroll 3
-      for (int d = 0; d < 3; ++d)
+      for (int d = 0; d < DIGITS; ++d)
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][d][c]), _mm512_set1_ps(x[r].scales[d]), sum);
       _mm512_store_ps(parts, sum);
     }
 }
 
 // A group of all channels and rows after the other: what is read again is near then.
-template <int BITS>
+template <int BITS, int DIGITS>
 void dot_groups(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, const Digits* x, int64_t rows,
                 float* sums) {
   constexpr int64_t BYTES = GROUP * BITS / 8;
@@ -95,10 +95,10 @@ void dot_groups(const uint8_t* const* weights, int64_t channels, int64_t row_byt
   for (int64_t start = 0, g = 0; start < row_bytes; start += BYTES, ++g) {
     Piece pieces[MOST_ROWS];
     for (int64_t r = 0; r < rows; ++r)
-      pieces[r] = {x[r].digits + 3 * GROUP * g, x[r].corrections + 48 * g, x[r].scales + 3 * g};
+      pieces[r] = {x[r].digits + DIGITS * GROUP * g, x[r].corrections + 3 * g * WIDEST, x[r].scales + 3 * g};
     for (int64_t c = 0; c < channels; c += CHANNELS)
       for (int64_t r = 0; r < rows; r += 2) {
-        const auto add = r + 1 < rows ? add_group<BITS, 2> : add_group<BITS, 1>;
+        const auto add = r + 1 < rows ? add_group<BITS, DIGITS, 2> : add_group<BITS, DIGITS, 1>;
         add(weights + c, start, row_bytes - start, pieces + r, parts + 16 * (r * channels + c), 16 * channels);
       }
   }
@@ -107,16 +107,17 @@ void dot_groups(const uint8_t* const* weights, int64_t channels, int64_t row_byt
 
 }  // namespace
 
-bool split_digits_avx512(const float* x, int bits, const Digits& to) { return split_digits<WIDTH>(x, bits, to); }
+bool split_digits_avx512(const float* x, int bits, const Digits& to) { return split_digits<int32_t, WIDTH>(x, bits, to); }
 
 void split_bytes_avx512(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  split_bytes<WIDTH>(bytes, zero, bits, to);
+  split_bytes<int32_t, WIDTH>(bytes, zero, bits, to);
 }
 
 void dot_digits_avx512(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits, const Digits* x,
                        int64_t rows, float* sums) {
-  const auto dot = bits == 1 ? dot_groups<1> : bits == 2 ? dot_groups<2> : dot_groups<4>;
-  dot(weights, channels, row_bytes, x, rows, sums);
+  const auto two = bits == 1 ? dot_groups<1, 2> : bits == 2 ? dot_groups<2, 2> : dot_groups<4, 2>;
+  const auto three = bits == 1 ? dot_groups<1, 3> : bits == 2 ? dot_groups<2, 3> : dot_groups<4, 3>;
+  (x->count == 2 ? two : three)(weights, channels, row_bytes, x, rows, sums);
 }
 
 // 64 codes are decoded by three byte instructions (see bits/x86_avx512.cpp), widened to floats and multiplied.

@@ -21,13 +21,14 @@ std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Ran
   const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP;
   const std::vector<uint8_t> packed = random.bytes(channels * row_bytes);
   const std::vector<float> x = random.numbers(rows * columns, 1);
+  const int count = static_cast<int>(random.between(2, 3));
   std::vector<int8_t> digits(rows * groups * GROUP * 3);
-  std::vector<int32_t> corrections(rows * groups * 48);
+  std::vector<uint8_t> corrections(rows * groups * 3 * WIDEST);
   std::vector<float> scales(rows * groups * 3), sums(rows * channels);
   std::vector<Digits> to;
   for (int64_t r = 0; r < rows; ++r) {
-    to.push_back({digits.data() + r * groups * GROUP * 3, corrections.data() + r * groups * 48,
-                  scales.data() + r * groups * 3, columns});
+    to.push_back({digits.data() + r * groups * GROUP * 3, corrections.data() + r * groups * 3 * WIDEST,
+                  scales.data() + r * groups * 3, columns, count});
     if (!split(x.data() + r * columns, bits, to.back())) return {};
   }
   std::vector<const uint8_t*> weights;
@@ -37,7 +38,7 @@ std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Ran
   for (int64_t r = 0; r < rows; ++r) {
     double sizes = 0;
     for (int64_t k = 0; k < columns; ++k) sizes += std::fabs(x[r * columns + k]) * (1 << (bits - 1));
-    for (int64_t c = 0; c < channels; ++c) found.push_back({sums[r * channels + c], sizes * 0x1p-21});
+    for (int64_t c = 0; c < channels; ++c) found.push_back({sums[r * channels + c], sizes * (count == 2 ? 0x1p-14 : 0x1p-21)});
   }
   return found;
 }
@@ -48,10 +49,10 @@ std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction do
   const int64_t columns = 8 * random.between(1, 512), row_bytes = columns / 8 * bits;
   const int64_t groups = (columns + GROUP - 1) / GROUP;
   const std::vector<uint8_t> packed = random.bytes(CHANNELS * row_bytes), bytes = random.bytes(columns);
-  std::vector<int8_t> digits(groups * GROUP * 3);
-  std::vector<int32_t> corrections(groups * 48);
+  std::vector<int8_t> digits(groups * GROUP * 2);
+  std::vector<uint8_t> corrections(groups * 3 * WIDEST);
   std::vector<float> scales(groups * 3), sums(CHANNELS);
-  const Digits to{digits.data(), corrections.data(), scales.data(), columns};
+  const Digits to{digits.data(), corrections.data(), scales.data(), columns, 2};
   split(bytes.data(), static_cast<int>(random.between(0, 128)), bits, to);
   const uint8_t* weights[CHANNELS];
   for (int64_t c = 0; c < CHANNELS; ++c) weights[c] = packed.data() + c * row_bytes;

@@ -53,7 +53,7 @@ class _PlannedCodes(ctypes.Structure):
 _DEEPEST = 1 << 15
 """Columns times the largest weight's size, up to which no sum of digits of codes goes beyond 2**24: floats hold it.
 
-A code less its zero point has a low digit of at most 128 and a middle one of at most 1, which counts 256."""
+A code less its zero point has a low digit of 0 or 1, and a high one of at most 127, which counts two."""
 
 
 def quantizes_one_row(x: Tensor, weight_shape: Sequence[int], w_bit: int) -> bool:

@@ -120,6 +120,19 @@ def test_large_activations_whose_weights_are_zero(isa: str, bits: int, columns: 
 
 
 @each_isa
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_sums_of_the_lowest_digits_and_the_lowest_codes_fit(isa: str, bits: int) -> None:
+    low = -128 * (1 + 256)  # two digits of -128
+    x = torch.full((1, 1024), (64 * 65536 + low) / 0x7F7F7F)
+    x[0, ::512] = 1
+    index = torch.zeros(4, 1024, dtype=torch.uint8)
+    weight = bit_format(bits).codes(index).double()
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, pack(index, bits), torch.ones(4), bits, None, 1024)
+    torch.testing.assert_close(found.double(), x.double() @ weight.T, rtol=1e-6, atol=0)
+
+
+@each_isa
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_activations_of_one_sign_lose_nothing_to_the_lowest_code(isa: str, bits: int) -> None:
     packed, scale, weight = _weight(137, 4096, bits)
@@ -184,6 +197,7 @@ def test_one_quantized_row_is_exact(isa: str, channels: int, columns: int, a_bit
     expected = quantized_conv.conv(x, *arguments, *fields)
     with cpu.cap_isa(isa):
         assert torch.equal(ops.conv(x, *arguments, *fields), expected)
+        assert torch.equal(ops.conv(-x, *arguments, *fields), quantized_conv.conv(-x, *arguments, *fields))
         x[0, 7] = float("nan")
         assert ops.conv(x, *arguments, *fields).isnan().all()
 
