@@ -89,10 +89,11 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
   }
 }
 
-// x: (rows, columns).  out: (rows, channels).  left: as of be_linear_digits, or null: then all rows are multiplied.
-int64_t multiply(const Weights& weights, const float* x, int64_t rows, float* out, uint8_t* left, int threads) {
+// x: (rows, columns), as `count` digits.  out: (rows, channels).  left: as of be_linear_digits, or null: then all rows are
+// multiplied.
+int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count, float* out, uint8_t* left, int threads) {
   const bool whole = has_whole_values(weights.bits) && weights.columns >= FEWEST_COLUMNS;
-  const DigitRows digits(whole ? rows : 0, weights.columns, 3);
+  const DigitRows digits(whole ? rows : 0, weights.columns, count);
   std::vector<Digits> exact;
   std::vector<float*> exact_out;
   std::vector<int64_t> others;
@@ -125,18 +126,18 @@ int64_t multiply(const Weights& weights, const float* x, int64_t rows, float* ou
 using namespace bitorch_engine;
 
 // x: (rows, columns).  packed: `channels` rows of `columns` codes, each of whole bytes.  bias: or null.
-// out: (rows, channels).
+// digits: of an activation, 2 or 3.  out: (rows, channels).
 BE_EXPORT void be_linear(const float* x, int64_t rows, const uint8_t* packed, const float* scale, const float* bias,
-                         int64_t channels, int64_t columns, int bits, float* out, int threads) {
-  multiply({packed, scale, bias, channels, columns, bits}, x, rows, out, nullptr, threads);
+                         int64_t channels, int64_t columns, int bits, int digits, float* out, int threads) {
+  multiply({packed, scale, bias, channels, columns, bits}, x, rows, digits, out, nullptr, threads);
 }
 
 // The same for rows whose activations are digits. left: one byte a row, 1 for those that are not, which out is left without.
 // Returns how many these are.
 BE_EXPORT int64_t be_linear_digits(const float* x, int64_t rows, const uint8_t* packed, const float* scale,
-                                   const float* bias, int64_t channels, int64_t columns, int bits, float* out,
-                                   uint8_t* left, int threads) {
-  return multiply({packed, scale, bias, channels, columns, bits}, x, rows, out, left, threads);
+                                   const float* bias, int64_t channels, int64_t columns, int bits, int digits,
+                                   float* out, uint8_t* left, int threads) {
+  return multiply({packed, scale, bias, channels, columns, bits}, x, rows, digits, out, left, threads);
 }
 
 // All that a call of be_linear reads but x; ops/cpu/linear.py has the same fields.
@@ -144,12 +145,13 @@ struct PlannedLinear {
   int64_t rows;
   const uint8_t* packed;
   const float *scale, *bias;
-  int64_t channels, columns, bits, threads;
+  int64_t channels, columns, bits, digits, threads;
 };
 
 BE_EXPORT int be_linear_planned(const PlannedLinear* p, const void* x, void* out) {
   be_linear(static_cast<const float*>(x), p->rows, p->packed, p->scale, p->bias, p->channels, p->columns,
-            static_cast<int>(p->bits), static_cast<float*>(out), static_cast<int>(p->threads));
+            static_cast<int>(p->bits), static_cast<int>(p->digits), static_cast<float*>(out),
+            static_cast<int>(p->threads));
   return 0;
 }
 

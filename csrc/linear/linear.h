@@ -7,7 +7,7 @@
 //
 // which is as exact as float32 unless a group has values that are far larger than the others: a weight may be 0 there,
 // and the others then have fewer digits than they need. Sums of code * digit are exact; a sum of a group becomes float,
-// once for each digit, and is multiplied by s.
+// once for each digit, and is multiplied by s. Without the low digit, of 16 bits, it takes three quarters of the time.
 // The other widths are unpacked, and multiplied as floats, and so are activations whose digits would not be exact.
 #pragma once
 
@@ -40,7 +40,7 @@ struct Digits {
 // Returns false where a value is not finite or tiny, or where the largest of a group is above about sixteen ordinary
 // ones (is_even of digits.h), or where sums would not fit. Up to there rounding to three digits, s / sqrt(12), moves an
 // ordinary value by at most nine times 2**-24 of it, which is about half of what float32 sums of some hundred products are
-// off.
+// off; rounding to two, nine times 2**-16.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
 // Two digits of bytes[k] - zero, exact. Their products and sums are integers, so that floats hold them exactly below 2**24.

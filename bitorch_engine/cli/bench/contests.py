@@ -44,6 +44,9 @@ GEMV_GOALS = (
     Goal("int4 linear, 1 row, cold", "w4", "torch int4", 2.4, 3),
     Goal("int4 linear, 1 row, cold", "w4", "onnxruntime int4", 1.2, 1.4),
     Goal("int4 linear, 1 row, cold", "w4", "fp32"),
+    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "bf16"),
+    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "torch int4"),
+    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "onnxruntime int4"),
 )
 GEMM_GOALS = (
     Goal("int4 linear, 32 to 256 rows (a8)", "w4a8", "bf16", 1.6, 2),
@@ -113,7 +116,23 @@ def _linears(rows: int, out_features: int, in_features: int, cold: int = COLD) -
     for name, a_bit in (("w4", None), ("w4a8", 8)):
         layer = nBitLinear(in_features, out_features, bias=False, w_bit=4, a_bit=a_bit)
         ours[name] = in_turn([inference(copy.deepcopy(layer), x) for _ in range(copies)])
+    if rows == 1 and cold:
+        layer = nBitLinear(in_features, out_features, bias=False, w_bit=4)
+        ours["w4 high"] = _with_high_precision(in_turn([inference(copy.deepcopy(layer), x) for _ in range(copies)]))
     return ours | linear_peers(rows, out_features, in_features, copies)
+
+
+def _with_high_precision(function: Function) -> Function:
+    """With 16 bits of an activation, as torch.set_float32_matmul_precision allows them."""
+
+    def call() -> object:
+        torch.set_float32_matmul_precision("high")
+        try:
+            return function()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return call
 
 
 def _updates(*shape: int) -> dict[str, Function]:

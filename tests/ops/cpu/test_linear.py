@@ -1,5 +1,6 @@
 """Packed weights with float activations agree with float64 products of the weights they stand for."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -73,6 +74,58 @@ def _errors(found: Tensor, x: Tensor, weight: Tensor) -> tuple[float, float]:
 
 
 each_isa = pytest.mark.parametrize("isa", cpu.available_isas())
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[str], None]]:
+    """torch's setting, which is "highest" again afterwards."""
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4096), (3, 136), (9, 1032)])
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_sixteen_bits_of_activations_where_torch_may_take_so_many(
+    isa: str, rows: int, columns: int, bits: int, setting: str, precision: Callable[[str], None]
+) -> None:
+    packed, scale, weight = _weight(137, columns, bits)
+    x = torch.randn(rows, columns)
+    with cpu.cap_isa(isa):
+        exact = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, columns)
+        precision(setting)
+        found = ops.linear_weight_only(x, packed, scale.view(-1), bits, None, columns)
+        precision("highest")
+        assert torch.equal(ops.linear_weight_only(x, packed, scale.view(-1), bits, None, columns), exact)
+    wanted = F.linear(x.double(), weight)
+    error, of_exact = ((y - wanted).square().mean().sqrt() / wanted.square().mean().sqrt() for y in (found, exact))
+    assert error < 2**-14
+    assert of_exact < 2**-21
+    if bits < 8 and rows < 9:
+        assert error > 4 * of_exact  # it is the faster way
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("columns", [136, 1032, 4096])
+def test_short_floats_lose_little_more_than_the_result_is_rounded(
+    isa: str, columns: int, bits: int, dtype: torch.dtype
+) -> None:
+    packed, scale, weight = _weight(137, columns, bits)
+    codes = ops.unpack(packed, bits, 137 * columns).view(137, columns)
+    codes[:, ::64] = 2 ** (bits - 1)  # the index of 0
+    weight[:, ::64] = 0
+    x = torch.randn(2, columns).sign() * 0.07
+    x[:, 1::2] *= 1e-3
+    x[:, ::64] = 1  # as uneven as digits may be
+    x = x.to(dtype)
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, ops.pack(codes.flatten(), bits), scale.view(-1), bits, None, columns)
+    wanted = F.linear(x.double(), weight)
+    error, rounding = ((y.double() - wanted).square().mean().sqrt() for y in (found, wanted.to(dtype)))
+    assert error <= 1.05 * rounding
 
 
 @each_isa

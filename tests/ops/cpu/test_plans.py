@@ -85,3 +85,23 @@ def test_nothing_is_planned_where_something_listens() -> None:
         assert ops.plan("conv", *conv_arguments()) is None
     assert ops.plan("conv", *conv_arguments(X.double())) is None
     assert ops.plan("pack", PACKED, 4) is None
+
+
+def test_another_precision_of_float32_products_is_another_plan() -> None:
+    x, packed, scale = torch.randn(1, 256), ops.pack(torch.randint(0, 16, (16 * 256,)), 4), torch.rand(16)
+    arguments = (x, packed, scale, 4, None, 256)
+    found = []
+    try:
+        for setting in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(setting)
+            plan = ops.plan("linear_weight_only", *arguments)
+            assert plan is not None
+            found.append(plan(x, None, None, packed, scale, None))
+            assert found[-1] is not None
+            assert torch.equal(found[-1], ops.linear_weight_only(*arguments))
+            torch.set_float32_matmul_precision("high" if setting == "highest" else "highest")
+            assert plan(x, None, None, packed, scale, None) is None
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])

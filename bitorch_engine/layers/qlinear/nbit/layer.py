@@ -28,6 +28,10 @@ class nBitLinear(LowBitLayer, nn.Linear):
     a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float.
     g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
+
+    On a CPU without autograd, a few rows of float32 are multiplied by weights of 1, 2 and 4 bits as exactly as torch
+    does it, or with 16 bits of each activation (off by 3e-5 of the result's size, and faster) where
+    ``torch.set_float32_matmul_precision`` is "high" or "medium", or the input is bfloat16.
     """
 
     parameter_class: ClassVar[type[PackedParameter]] = nBitLinearParameter
