@@ -41,44 +41,46 @@ inline __attribute__((always_inline)) void widen(const __m256i (&bytes)[MR][NV],
     }
 }
 
-// Adds segments, as many as a byte allows, to sums, or begins with them; returns the next segment.
+// The sums of a tile: as many segments at a time as a byte allows. Not inlined, so that GCC leaves `wide` in memory: it would
+// trade registers of the inner loop for it.
 template <int MR, int NV>
-__attribute__((noinline)) const Segment* add_pairs(const Segment* s, const Segment* end, const uint16_t* image,
-                                                   int64_t step, const uint8_t* panel, const Table& table, bool begin,
-                                                   Wide<MR, NV>& wide) {
-  __m256i bytes[MR][NV];
+__attribute__((noinline)) void sum_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
+                                         Wide<MR, NV>& wide) {
+  const int64_t step = t.image_step;
+  const Segment *s = t.segments, *const end = s + t.segment_count;
+  bool begin = true;
+  do {
+    __m256i bytes[MR][NV];
 #pragma GCC unroll 6
-  for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bytes[m][j] = _mm256_setzero_si256();
-  int64_t left = table.longest;
-  while (s < end && s->words <= left) {
-    // Pixels are addressed from the first and the fourth of them: that leaves registers for the tables.
-    const uint16_t *first = image + s->image, *fourth = first + 3 * step, *const stop = first + s->words;
-    const uint8_t* weights = panel + s->weights * 2 * 32 * NV;
-    for (; first < stop; ++first, ++fourth, weights += 2 * 32 * NV) {
-      const uint8_t* pair[MR];
+      for (int j = 0; j < NV; ++j) bytes[m][j] = _mm256_setzero_si256();
+    for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
+      // Pixels are addressed from the first and the fourth of them: that leaves registers for the tables.
+      const uint16_t *first = image + s->image, *fourth = first + 3 * step, *const stop = first + s->words;
+      const uint8_t* weights = panel + s->weights * 2 * 32 * NV;
+      for (; first < stop; ++first, ++fourth, weights += 2 * 32 * NV) {
+        const uint8_t* pair[MR];
 #pragma GCC unroll 6
-      for (int m = 0; m < MR; ++m) pair[m] = table.values + (m < 3 ? first[m * step] : fourth[(m - 3) * step]);
+        for (int m = 0; m < MR; ++m) pair[m] = table.values + (m < 3 ? first[m * step] : fourth[(m - 3) * step]);
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        __m256i w[NV];
+        for (int half = 0; half < 2; ++half) {
+          __m256i w[NV];
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j)
-          w[j] = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (half * NV + j) * 32));
+          for (int j = 0; j < NV; ++j)
+            w[j] = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (half * NV + j) * 32));
 #pragma GCC unroll 6
-        for (int m = 0; m < MR; ++m) {
-          const __m256i x = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(pair[m] + half * 16));
+          for (int m = 0; m < MR; ++m) {
+            const __m256i x = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(pair[m] + half * 16));
 #pragma GCC unroll 2
-          for (int j = 0; j < NV; ++j) bytes[m][j] = add_in_place(bytes[m][j], _mm256_shuffle_epi8(x, w[j]));
+            for (int j = 0; j < NV; ++j) bytes[m][j] = add_in_place(bytes[m][j], _mm256_shuffle_epi8(x, w[j]));
+          }
         }
       }
     }
-    left -= s->words;
-    ++s;
-  }
-  widen<MR, NV>(bytes, begin, wide);
-  return s;
+    widen<MR, NV>(bytes, begin, wide);
+    begin = false;
+  } while (s < end);
 }
 
 // Sums of pairs of pixels. Those of the second ones are held with what is below them in a word, as `both >> 4` has it:
@@ -116,35 +118,39 @@ inline __attribute__((always_inline)) void add_group(const uint16_t* entries, in
     }
 }
 
-// As add_pairs, for two pixels an entry.
+// As sum_pairs, for two pixels an entry.
 template <int PAIRS, int NV>
-__attribute__((noinline)) const Segment* add_signs(const Segment* s, const Segment* end, const uint16_t* image,
-                                                   int64_t step, const uint8_t* panel, const Table& table, bool begin,
-                                                   Wide<2 * PAIRS, NV>& wide) {
+__attribute__((noinline)) void sum_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
+                                         Wide<2 * PAIRS, NV>& wide) {
   constexpr int64_t LINE = 32 * NV;
-  PairSums<PAIRS, NV> sums;
+  const int64_t step = t.image_step;
+  const Segment *s = t.segments, *const end = s + t.segment_count;
+  bool begin = true;
+  do {
+    PairSums<PAIRS, NV> sums;
 #pragma GCC unroll 2
-  for (int p = 0; p < PAIRS; ++p)
+    for (int p = 0; p < PAIRS; ++p)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) sums.first[p][j] = sums.second[p][j] = _mm256_setzero_si256();
-  for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
-    const uint16_t *entries = image + s->image, *const stop = entries + s->words;
-    const uint8_t* weights = panel + s->weights * LINE;
-    for (; stop - entries >= 3; entries += 3, weights += 3 * LINE)
-      add_group<3>(entries, step, weights, table.values, sums);
-    for (; entries < stop; ++entries, weights += LINE) add_group<1>(entries, step, weights, table.values, sums);
-  }
-  __m256i bytes[2 * PAIRS][NV];
-#pragma GCC unroll 2
-  for (int p = 0; p < PAIRS; ++p)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      const __m256i below = _mm256_slli_epi16(_mm256_srli_epi16(sums.first[p][j], 8), 4);
-      bytes[2 * p][j] = sums.first[p][j];
-      bytes[2 * p + 1][j] = _mm256_sub_epi16(sums.second[p][j], below);
+      for (int j = 0; j < NV; ++j) sums.first[p][j] = sums.second[p][j] = _mm256_setzero_si256();
+    for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
+      const uint16_t *entries = image + s->image, *const stop = entries + s->words;
+      const uint8_t* weights = panel + s->weights * LINE;
+      for (; stop - entries >= 3; entries += 3, weights += 3 * LINE)
+        add_group<3>(entries, step, weights, table.values, sums);
+      for (; entries < stop; ++entries, weights += LINE) add_group<1>(entries, step, weights, table.values, sums);
     }
-  widen<2 * PAIRS, NV>(bytes, begin, wide);
-  return s;
+    __m256i bytes[2 * PAIRS][NV];
+#pragma GCC unroll 2
+    for (int p = 0; p < PAIRS; ++p)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        const __m256i below = _mm256_slli_epi16(_mm256_srli_epi16(sums.first[p][j], 8), 4);
+        bytes[2 * p][j] = sums.first[p][j];
+        bytes[2 * p + 1][j] = _mm256_sub_epi16(sums.second[p][j], below);
+      }
+    widen<2 * PAIRS, NV>(bytes, begin, wide);
+    begin = false;
+  } while (s < end);
 }
 
 // Calls write(pixel, channel, sums of eight channels).
@@ -165,19 +171,17 @@ inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wi
 }
 
 template <int MR, int NV>
-using AddFunction = const Segment* (*)(const Segment* s, const Segment* end, const uint16_t* image, int64_t step,
-                                       const uint8_t* panel, const Table& table, bool begin, Wide<MR, NV>& wide);
+using SumFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
+                             Wide<MR, NV>& wide);
 
-template <int MR, int NV, AddFunction<MR, NV> add>
+template <int MR, int NV, SumFunction<MR, NV> sums_of>
 void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
   Wide<MR, NV> wide;
   // Copies: for all GCC knows, a store of results changes the tile.
   float* const out = t.out;
   const float *const factor = t.factor, *const added = t.added;
   const int64_t out_step = t.out_step, count = t.count, blocks = t.blocks;
-  const Segment *s = t.segments, *const end = s + t.segment_count;
-  for (bool begin = true; begin || s < end; begin = false)
-    s = add(s, end, image, t.image_step, panel, table, begin, wide);
+  sums_of(t, table, image, panel, wide);
   if (int32_t* const totals = t.totals) {
     const __m256i products = _mm256_set1_epi32(t.products), times = _mm256_set1_epi32(table.times);
     for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
@@ -207,13 +211,13 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
 using TileFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel);
 
 void multiply_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
-  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {{tile<2, 1, add_signs<1, 1>>, tile<2, 2, add_signs<1, 2>>},
-                                                      {tile<4, 1, add_signs<2, 1>>, tile<4, 2, add_signs<2, 2>>}};
+  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {{tile<2, 1, sum_signs<1, 1>>, tile<2, 2, sum_signs<1, 2>>},
+                                                      {tile<4, 1, sum_signs<2, 1>>, tile<4, 2, sum_signs<2, 2>>}};
   TILES[(t.count - 1) / 2][t.blocks > 2](t, table, image, panel);
 }
 
 void multiply_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
-#define BE_TILES(count) {tile<count, 1, add_pairs<count, 1>>, tile<count, 2, add_pairs<count, 2>>}
+#define BE_TILES(count) {tile<count, 1, sum_pairs<count, 1>>, tile<count, 2, sum_pairs<count, 2>>}
   constexpr TileFunction TILES[binary::MOST_PIXELS][2] = {BE_TILES(1), BE_TILES(2), BE_TILES(3),
                                                           BE_TILES(4), BE_TILES(5), BE_TILES(6)};
 #undef BE_TILES
