@@ -281,7 +281,7 @@ using namespace bitorch_engine::binary;
 struct BinaryArguments {
   Geometry geometry;
   int64_t bits;   // of activations and weights, 1 or 2
-  int64_t codes;  // whether x is a packed stream of codes; else floats, at 1 bit
+  int64_t codes;  // whether x is a packed stream of codes; else floats
   int64_t x_dtype, x_strides[5];
   int64_t out_dtype, out_strides[5];
   int64_t threads;
@@ -372,12 +372,13 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
   const int64_t lot = samples_at_once(*a, std::max<int64_t>(1, sample));
   std::vector<Box> all;
   g.in_channels *= a->bits;
+  const lookup::Lookup* const lookup = lookup_for(g, a->bits, table);
   for (int64_t first = 0; first < a->geometry.batch; first += lot) {
     g.batch = std::min(lot, a->geometry.batch - first);
-    const lookup::Lookup* const lookup = lookup_for(g, a->bits, table);
     const Geometry flat = flattened(g, steps);
     const uint8_t* from = static_cast<const uint8_t*>(x) + first * sample;
-    const Image image = a->codes ? Image(g, from, threads) : Image(g, from, x_dtype, a->x_strides, 1 / *scale, threads);
+    const Image image = a->codes ? Image(g, from, threads)
+                                 : Image(g, from, x_dtype, a->x_strides, a->bits, *low, 1 / *scale, threads);
     if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
     if (first == 0 || g.batch != lot)
       all = boxes(flat, lookup ? lookup->pixels : MOST_PIXELS, lookup && lookup->partners, s[1] == 1);

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
+#include "bits/bits.h"
 #include "runtime/parallel.h"
 
 namespace bitorch_engine {
@@ -38,9 +40,30 @@ struct Runs {
   }
 };
 
+// As SignFunction, indices of 2 bits.
+bool pack_pairs(const Floats& f, float low, uint32_t* out, int64_t out_stride) {
+  constexpr int64_t AT_ONCE = 1 << 14;  // values
+  const int64_t words = words_of(2 * f.channels), deep = words * WORD / 2, most = std::max<int64_t>(1, AT_ONCE / deep);
+  const std::unique_ptr<uint8_t[]> index(new uint8_t[most * deep]());  // what fills the last word stays 0
+  const auto quantize = quantize_activation_kernel.pick();
+  const auto pack = pack_kernel.pick();
+  const int64_t pixel_bytes = f.pixel_stride * (f.dtype == FLOAT32 ? 4 : 2);
+  bool odd = false;
+  for (int64_t p = 0; p < f.pixels; p += most) {
+    const int64_t some = std::min(most, f.pixels - p);
+    odd |= quantize(static_cast<const uint8_t*>(f.x) + p * pixel_bytes, f.dtype, f.pixel_stride, f.channel_stride, some,
+                    f.channels, {f.inverse_scale, low, 2, 1}, index.get(), deep, nullptr);
+    const int64_t runs = out_stride == words ? 1 : some, length = some / runs * deep;
+    for (int64_t run = 0; run < runs; ++run)
+      pack(index.get() + run * length, reinterpret_cast<uint8_t*>(out + (p + run) * out_stride), length, 2);
+  }
+  return odd;
+}
+
 }  // namespace
 
-Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strides, float inverse_scale, int threads) {
+Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strides, int64_t bits, float low,
+             float inverse_scale, int threads) {
   int64_t channels = g.in_channels / g.groups, groups = g.groups;
   const int64_t pixels = g.batch * g.in_pixels(), pitch = groups * words_of(channels);
   const int64_t element = dtype == FLOAT32 ? 4 : 2;
@@ -55,7 +78,7 @@ Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strid
     groups = 1;
   }
   // Where channels lie together and fill their words, pixels are no more than further channels.
-  const bool dense = channel_stride == 1 && groups == 1 && channels % WORD == 0 && runs.step == channels;
+  const bool dense = bits == 1 && channel_stride == 1 && groups == 1 && channels % WORD == 0 && runs.step == channels;
   const auto sign = sign_kernel.pick();
   std::atomic<bool> odd{false};
   const int64_t grain = std::max<int64_t>(1, GRAIN / g.in_channels);
@@ -65,14 +88,15 @@ Image::Image(const Geometry& g, const void* x, Dtype dtype, const int64_t* strid
       const int64_t run = first / runs.length, at = first % runs.length;
       const int64_t count = std::min(last - first, runs.length - at);
       for (int64_t group = 0; group < groups; ++group) {
-        const int64_t start = runs.offset(run) + at * runs.step + group * channels * channel_stride;
+        const int64_t start = runs.offset(run) + at * runs.step + group * channels / bits * channel_stride;
         const uint8_t* from = static_cast<const uint8_t*>(x) + start * element;
-        Floats floats{from, dtype, runs.step, channel_stride, count, channels, inverse_scale};
+        Floats floats{from, dtype, runs.step, channel_stride, count, channels / bits, inverse_scale};
         if (dense) {
           floats.pixels = 1;
           floats.channels = count * channels;
         }
-        seen |= sign(floats, own_.get() + first * pitch + group * words_of(channels), pitch);
+        uint32_t* const to = own_.get() + first * pitch + group * words_of(channels);
+        seen |= bits == 1 ? sign(floats, to, pitch) : pack_pairs(floats, low, to, pitch);
       }
       first += count;
     }

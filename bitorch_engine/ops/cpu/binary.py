@@ -13,7 +13,6 @@ from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
 from bitorch_engine.ops.cpu.plans import PlannedConv, planned
-from bitorch_engine.ops.cpu.quantize import quantize_activation
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
@@ -172,23 +171,17 @@ def conv(
     *fields: Any,
 ) -> Tensor:
     """The op ``conv`` for what ``suits``, or ``suits_pairs``. bias: dense float32, or None."""
-    dtype = x.dtype
-    if a_bit == 2:
-        key = (tuple(x.shape), tuple(weight_shape), hashable(fields))
-        problem = _problem(*key, torch.float32, (), dtype, threads(), is_channels_last(x), 2)
-        if problem is not None:
-            codes, _, poison = quantize_activation(x, scale, low, 2)
-            return problem.run(codes, scale, low, packed, channel_scale, bias, poison, dtype, keep=True)
-        return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
-    problem = _problem(x.shape, tuple(weight_shape), hashable(fields), dtype, x.stride(), dtype, threads())
+    key = (x.shape, tuple(weight_shape), hashable(fields), x.dtype, x.stride(), x.dtype, threads())
+    problem = _problem(*key, bits=a_bit)
     if problem is None:
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
-    return problem.run(x, scale, low, packed, channel_scale, bias, None, dtype, keep=True)
+    return problem.run(x, scale, low, packed, channel_scale, bias, None, x.dtype, keep=True)
 
 
-def planned_conv(x: Tensor, packed: Tensor, weight_shape: Sequence[int], *fields: Any) -> PlannedConv | None:
-    """What a plan of ``conv`` is made of, for what ``suits``."""
-    problem = _problem(x.shape, tuple(weight_shape), hashable(fields), x.dtype, x.stride(), x.dtype, threads())
+def planned_conv(x: Tensor, bits: int, packed: Tensor, weight_shape: Sequence[int], *fields: Any) -> PlannedConv | None:
+    """What a plan of ``conv`` is made of, for what ``suits``, or ``suits_pairs``."""
+    key = (x.shape, tuple(weight_shape), hashable(fields), x.dtype, x.stride(), x.dtype, threads())
+    problem = _problem(*key, bits=bits)
     if problem is None:
         return None
     weights = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)

@@ -240,12 +240,10 @@ def plan(
     if not can_plan(packed, scale, low, channel_scale, bias):
         return None
     layer = (scale, low, packed, channel_scale, bias)
-    if a_bit == w_bit <= 2:
-        if binary.suits_pairs(x.shape, a_bit, w_bit, weight_shape, *fields):
-            return None  # it quantizes first, in a call of its own
-        if binary.suits(x.shape, a_bit, w_bit, weight_shape, *fields):
-            found_binary = binary.planned_conv(x, packed, weight_shape, *fields)
-            return None if found_binary is None else found_binary.plan(x.dtype, *layer)
+    suits = binary.suits if a_bit == 1 else binary.suits_pairs
+    if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
+        found_binary = binary.planned_conv(x, a_bit, packed, weight_shape, *fields)
+        return None if found_binary is None else found_binary.plan(x.dtype, *layer)
     key = (_FLOATS, x.shape, tuple(weight_shape), hashable(fields), x.stride())
     found = _problem(*key, a_bit, w_bit, x.dtype, x.dtype, None, threads())
     if found is None:

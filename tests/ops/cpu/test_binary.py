@@ -249,15 +249,22 @@ def test_weights_that_change_are_arranged_anew() -> None:
 looks_up_pairs = pytest.mark.skipif("avx2" not in cpu.available_isas(), reason="2 bits are looked up by AVX2")
 
 
-def convolve_pairs(case: Case, codes: Tensor, weight: Tensor, low: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """By the kernel and by torch: codes low .. low + 3 and -2 .. 1. Scales are powers of two: nothing rounds."""
+def convolve_pairs(case: Case, x: Tensor, weight: Tensor, low: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By the kernel and by torch: codes low .. low + 3 and -2 .. 1. Scales are powers of two: no result rounds."""
     scale, channel_scale = torch.tensor(0.5), torch.full((case.weight[0],), 0.25)
-    x = (codes * scale).float()
     packed = pack((weight + 2).to(torch.uint8), 2)
+    arguments = (scale, torch.tensor(low), 2, packed, channel_scale, 2, bias, *case.geometry)
     with cpu.cap_isa("avx2"):
         assert binary.suits_pairs(x.shape, 2, 2, *case.geometry)
-        y = ops.conv(x, scale, torch.tensor(low), 2, packed, channel_scale, 2, bias, *case.geometry)
-    wanted = case.products(codes, weight).float() * 0.125
+        y = ops.conv(x, *arguments)
+        with torch.no_grad():
+            plan = ops.plan("conv", x, *arguments)
+        assert plan is not None
+        again = plan(x, *arguments[:2], packed, channel_scale, bias)
+        assert again is not None
+        assert torch.equal(again, y) or y.isnan().all()
+    codes = (x.double() * 2).round().clamp(low, low + 3)
+    wanted = case.products(codes, weight).to(x.dtype) * 0.125
     return y, wanted if bias is None else wanted + bias.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -268,10 +275,10 @@ def test_products_of_two_bits_are_those_of_torch(name: str, low: float) -> None:
     case = CASES[name]
     if name == "linear-of-one-row":
         case = case._replace(shape=(6, *case.shape[1:]))
-    codes = torch.randint(0, 4, case.shape).double() + low
+    x = torch.randn(case.shape) + low / 4
     weight = torch.randint(-2, 2, case.weight).double()
     for bias in (None, torch.randn(case.weight[0])):
-        for order in (codes, channels_last(codes)):
+        for order in (x, channels_last(x)):
             y, wanted = convolve_pairs(case, order, weight, low, bias)
             assert torch.equal(y, wanted)
 
@@ -283,8 +290,8 @@ def test_the_largest_totals_of_two_bits_fit(channels: int, low: float) -> None:
     case = Case((7, channels, 1), (40, channels, 1))
     for code in (low, low + 3):
         for value in (-2.0, 1.0):
-            codes, weight = torch.full(case.shape, code).double(), torch.full(case.weight, value).double()
-            y, wanted = convolve_pairs(case, codes, weight, low, None)
+            x, weight = torch.full(case.shape, code / 2), torch.full(case.weight, value).double()
+            y, wanted = convolve_pairs(case, x, weight, low, None)
             assert torch.equal(y, wanted)
 
 
@@ -303,10 +310,34 @@ def test_what_is_too_deep_too_small_or_for_another_processor_is_not_looked_up() 
 @looks_up_pairs
 def test_what_is_not_finite_makes_everything_nan_at_two_bits() -> None:
     case = CASES["3x3"]
-    codes = torch.randint(0, 4, case.shape).double()
-    codes[0, 0, 0, 0] = float("inf")
-    y, _ = convolve_pairs(case, codes, torch.ones(case.weight).double(), 0.0, None)
-    assert y.isnan().all()
+    for value in (float("inf"), -float("inf"), float("nan")):
+        x = torch.randn(case.shape)
+        x[-1, -1, -1, -1] = value
+        y, _ = convolve_pairs(case, x, torch.ones(case.weight).double(), 0.0, None)
+        assert y.isnan().all()
+
+
+@looks_up_pairs
+@pytest.mark.parametrize("name", ["3x3", "31-channels", "groups"])
+def test_views_and_short_floats_become_codes_of_two_bits(name: str) -> None:
+    case = CASES[name]
+    weight = torch.randint(-2, 2, case.weight).double()
+    everything = torch.randn([2 * length for length in case.shape])
+    every_other = everything[tuple(slice(None, None, 2) for _ in case.shape)]
+    first = channels_last(everything)[tuple(slice(0, length) for length in case.shape)]
+    for x in (every_other, first, every_other.bfloat16(), channels_last(every_other.half())):
+        y, wanted = convolve_pairs(case, x, weight, -2.0, None)
+        assert torch.equal(y, wanted)
+
+
+@looks_up_pairs
+def test_large_batches_of_two_bits_are_taken_in_lots() -> None:
+    few = Case((7, 64, 64, 65), (40, 64, 2, 3), stride=(64,))  # one result a lot, which alone would not be looked up
+    for case in (Case((5, 64, 36, 33), (40, 64, 2, 3), padding=(1,)), few):
+        x, weight = torch.randn(case.shape), torch.randint(-2, 2, case.weight).double()
+        for order in (x, channels_last(x)):
+            y, wanted = convolve_pairs(case, order, weight, 0.0, None)
+            assert torch.equal(y, wanted)
 
 
 def test_the_op_takes_this_kernel_for_signs_only() -> None:
