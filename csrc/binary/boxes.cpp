@@ -10,21 +10,7 @@ namespace binary {
 namespace {
 
 std::vector<Span> spans(const Geometry& g, int d) {
-  const int64_t in = g.in[d], kernel = g.kernel[d], stride = g.stride[d], dilation = g.dilation[d];
-  std::vector<Span> found;
-  for (int64_t y = 0, next; y < g.out[d]; y = next) {
-    const int64_t base = y * stride - g.pad[d];
-    const int64_t high = std::clamp<int64_t>((in - base + dilation - 1) / dilation, 0, kernel);
-    const int64_t low = std::clamp<int64_t>((-base + dilation - 1) / dilation, 0, high);
-    next = y + 1;
-    if (low == 0 && high == kernel)  // the interior, in one step
-      next = std::min(g.out[d], (in - 1 - (kernel - 1) * dilation + g.pad[d]) / stride + 1);
-    if (!found.empty() && found.back().low == low && found.back().high == high)
-      found.back().count += next - y;
-    else
-      found.push_back({y, next - y, low, high});
-  }
-  return found;
+  return bitorch_engine::spans(g.in[d], g.kernel[d], -g.pad[d], g.dilation[d], g.stride[d], g.out[d]);
 }
 
 // Cuts a box into tiles along the dimension where that makes the fewest.

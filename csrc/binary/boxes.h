@@ -9,14 +9,10 @@
 #include <vector>
 
 #include "runtime/geometry.h"
+#include "runtime/spans.h"
 
 namespace bitorch_engine {
 namespace binary {
-
-// Result positions of one dimension that read the same taps, low .. high - 1: the others lie outside of the image.
-struct Span {
-  int64_t first, count, low, high;
-};
 
 // All result pixels that read the same taps, cut into tiles along one of the dimensions.
 struct Box {

@@ -128,7 +128,7 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
       alignas(64) int32_t totals[ROWS * COLUMNS];
       const uint8_t* at[ROWS];
       uint8_t runs[ROWS / 16 + 1];
-      const int64_t no_offset = 0;
+      const Read all{0, 0};
       Setup setup;
       for (int64_t unit = from; unit < to; ++unit) {
         const int64_t strip = unit % strips, tap = unit / strips % taps, group = unit / strips / taps;
@@ -145,7 +145,7 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
           int64_t run_count = 0;
           for (int64_t r = 0; r < here; ++r) at[r] = turned.get() + (group * row_channels + r0 + r) * pitch;
           for (int64_t r = 0; r < here; r += 16) runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
-          multiply({at, here, &no_offset, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
+          multiply({at, here, &all, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
                     run_count, 32767 / (2 * row_most * center), nullptr, &setup});
           for (int64_t r = 0; r < here; ++r) {
             const int64_t row = group * row_channels + r0 + r;

@@ -83,22 +83,23 @@ int32_t sum(const uint8_t* values, int64_t count) {
 
 constexpr int64_t TOGETHER = 4;  // blocks: then a cache line of a row's channels is used whole
 
-// The values of `count` blocks, and the sum of each of their result channels, read as `Value`. What fills up is worth
-// nothing whatever it decodes to: the image is 0 there.
+// The values of `count` blocks, and the sum of each of their result channels at each tap, read as `Value`: sums of
+// a tap are sum_step behind those of the one before. What fills up is worth nothing whatever it decodes to: the image is
+// 0 there.
 template <class Value>
 void arrange_blocks(const Rows& rows, const Phase& phase, int64_t group, int64_t first, int64_t count, uint8_t* out,
-                    int32_t* sums) {
+                    int32_t* sums, int64_t sum_step) {
   const Product& p = rows.p;
   const int64_t channels = p.image_channels, depth = p.image_depth, whole = channels & ~int64_t{3};
   const int64_t results = std::min(count * BLOCK, p.result_channels - first * BLOCK), length = BLOCK * phase.depth;
   const bool filled = channels == depth && phase.depth == static_cast<int64_t>(phase.taps.size()) * depth;
   if (length > 0 && (!filled || results != count * BLOCK))
     std::memset(out, 0, count * length);
-  std::memset(sums, 0, count * BLOCK * sizeof *sums);
   const auto place = [&](int64_t o, int64_t c) {
     return out + o / BLOCK * length + (c & ~int64_t{3}) * BLOCK + o % BLOCK * 4 + c % 4;
   };
   for (const Tap& tap : phase.taps) {
+    std::memset(sums, 0, count * BLOCK * sizeof *sums);
     if (p.rows_are_results) {
       for (int64_t o = 0; o < results; ++o) {
         const uint8_t* from = rows.at(group * p.result_channels + first * BLOCK + o, tap.weight);
@@ -124,6 +125,7 @@ void arrange_blocks(const Rows& rows, const Phase& phase, int64_t group, int64_t
         }
     }
     out += depth * BLOCK;
+    sums += sum_step;
   }
 }
 
@@ -137,12 +139,14 @@ BE_EXPORT int64_t be_qconv_arranged_values(const Geometry* geometry, int scatter
   return Product(*geometry, scatter, rows_are_results).arranged_values();
 }
 
+// Phases of the product: be_depthwise_arrange sums the codes of each.
 BE_EXPORT int64_t be_qconv_phases(const Geometry* geometry, int scatter, int rows_are_results) {
   return static_cast<int64_t>(Product(*geometry, scatter, rows_are_results).phases.size());
 }
 
 // packed: the canonical stream.  out: the arranged one, of out_bits: `bits`, or 8 for signed codes.
-// sums: (phases, groups * blocks * 16) int32, the sum of the codes that each result has in a phase.
+// sums: (taps of all phases, at most those of the kernel; groups * blocks * 16) int32, the sum of the codes that each
+// result has at a tap.
 BE_EXPORT void be_qconv_arrange(const Geometry* geometry, int scatter, int rows_are_results, const uint8_t* packed,
                                 int bits, int out_bits, uint8_t* out, int32_t* sums, int threads) {
   const Product p(*geometry, scatter, rows_are_results);
@@ -153,20 +157,23 @@ BE_EXPORT void be_qconv_arrange(const Geometry* geometry, int scatter, int rows_
   const auto pack = pack_kernel.pick();
   for (size_t f = 0; f < p.phases.size(); ++f) {
     const Phase& phase = p.phases[f];
-    const int64_t values = BLOCK * phase.depth, products = static_cast<int64_t>(phase.taps.size()) * p.image_channels;
+    const int64_t values = BLOCK * phase.depth, taps = static_cast<int64_t>(phase.taps.size());
+    const int64_t sum_step = blocks * BLOCK;
     const int64_t strips = (p.blocks() + TOGETHER - 1) / TOGETHER;
-    parallel_for(p.groups * strips, 1, products * blocks < GRAIN ? 1 : threads, [&](int64_t begin, int64_t end) {
+    parallel_for(p.groups * strips, 1, taps * p.image_channels * blocks < GRAIN ? 1 : threads, [&](int64_t begin, int64_t end) {
       const auto scratch = new_buffer<uint8_t>(codes ? 0 : TOGETHER * values);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t group = strip / strips, first = strip % strips * TOGETHER;
         const int64_t count = std::min(TOGETHER, p.blocks() - first), block = group * p.blocks() + first;
         uint8_t* place = codes ? out + phase.weights + block * values : scratch.get();
-        int32_t* sum = sums + (static_cast<int64_t>(f) * blocks + block) * BLOCK;
+        int32_t* sum = sums + phase.first_tap * sum_step + block * BLOCK;
         if (codes) {
-          arrange_blocks<int8_t>(rows, phase, group, first, count, place, sum);
+          arrange_blocks<int8_t>(rows, phase, group, first, count, place, sum, sum_step);
         } else {
-          arrange_blocks<uint8_t>(rows, phase, group, first, count, place, sum);
-          for (int64_t o = 0; o < count * BLOCK; ++o) sum[o] = sum[o] * step + static_cast<int32_t>(products) * low;
+          arrange_blocks<uint8_t>(rows, phase, group, first, count, place, sum, sum_step);
+          for (int64_t t = 0; t < taps; ++t, sum += sum_step)
+            for (int64_t o = 0; o < count * BLOCK; ++o)
+              sum[o] = sum[o] * step + static_cast<int32_t>(p.image_channels) * low;
           pack(place, out + (phase.weights + block * values) / 8 * bits, count * values, bits);
         }
       }

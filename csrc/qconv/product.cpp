@@ -56,11 +56,13 @@ Product::Product(const Geometry& g, bool scatter, bool rows_are_results)
     before[d] = -lowest;
     padded[d] = before[d] + highest + 1;
   }
-  int64_t start = 0;
+  int64_t start = 0, first_tap = 0;
   for (const Line& z : by_dimension[0])
     for (const Line& y : by_dimension[1])
       for (const Line& x : by_dimension[2]) {
-        Phase phase{{}, {z.first, y.first, x.first}, {z.count, y.count, x.count}, 0, start};
+        const auto count = [](const Line& line) { return static_cast<int64_t>(line.taps.size()); };
+        Phase phase{{}, {count(z), count(y), count(x)}, {z.first, y.first, x.first}, {z.count, y.count, x.count}, 0,
+                    start, first_tap};
         for (const auto& a : z.taps)
           for (const auto& b : y.taps)
             for (const auto& c : x.taps)
@@ -68,6 +70,7 @@ Product::Product(const Geometry& g, bool scatter, bool rows_are_results)
                                     {a.second, b.second, c.second}});
         phase.depth = round_up(static_cast<int64_t>(phase.taps.size()) * image_depth, DEPTH);
         start += groups * blocks() * BLOCK * phase.depth;
+        first_tap += static_cast<int64_t>(phase.taps.size());
         phases.push_back(phase);
       }
 }

@@ -8,9 +8,9 @@
 //   transposed, forward             yes      result channels
 //   transposed, input gradient      no       image channels
 //
-// u is the *image*: unsigned bytes, channels last, padded with `zero`, so that padding needs no case of its own. Where a
-// stride scatters, the result falls into phases, one per residue of its position modulo the stride; each phase is a
-// convolution of stride 1 with those taps that reach it.
+// u is the *image*: unsigned bytes, channels last, padded with `zero`, so that padding needs no case of its own, though
+// products with it may be left out (regions.h). Where a stride scatters, the result falls into phases, one per residue of
+// its position modulo the stride; each phase is a convolution of stride 1 with those taps that reach it.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,12 @@ struct Tap {
 };
 
 struct Phase {
-  std::vector<Tap> taps;
+  std::vector<Tap> taps;       // by depth, height and width: in each their shifts rise, by equal steps
+  int64_t tap_count[3];
   int64_t first[3], count[3];  // its result pixels: first + step * (0 .. count - 1)
   int64_t depth;               // products per result, padded: a multiple of DEPTH
   int64_t weights;             // where its arranged weights start, in values
+  int64_t first_tap;           // taps of the phases before
 };
 
 struct Product {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 
+#include "qconv/areas.h"
 #include "qconv/image.h"
 #include "qconv/product.h"
 #include "qconv/results.h"
@@ -34,8 +35,10 @@ struct Call {
   const uint8_t* image;
   const uint8_t* weights;  // arranged: packed, or codes where bits is 8
   int bits;
-  int64_t pairs;  // see Tile
-  Epilogue epilogue;  // pointers to the first of all: zero_sum is (phases, groups * blocks * 16)
+  int64_t pairs;        // see Tile
+  const int32_t* sums;  // of be_qconv_arrange
+  int zero;             // what the image is padded with
+  Epilogue epilogue;    // pointers to the first of all, but for zero_sum: each region has its own
   const float* sample_factor;  // one a sample, or null
   uint8_t* out;
   int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
@@ -47,41 +50,70 @@ struct Line {
   int64_t base, count;
 };
 
+// Pixels of one area that are handled together, of those in Places.
+struct Piece {
+  const Area* area;
+  int64_t rows, stretches;
+};
+
 constexpr int64_t MOST_ROWS = 4 * ROWS;  // where totals become results at once; see Runs
 
 // Result pixels that are handled together: where they read and where they write.
 struct Places {
   Line lines[MOST_ROWS];
   Stretch stretches[MOST_ROWS];
-  int64_t line_count, stretch_count, rows;
+  Piece pieces[MOST_ROWS];
+  int64_t line_count, stretch_count, piece_count, rows;
 };
 
-// The result pixels of one phase, all samples in a row.
+// The result pixels of one phase, area by area, in each all samples in a row.
 struct Pixels {
   const Call& call;
   const Phase& phase;
-
-  int64_t count() const { return call.product.batch * phase.count[0] * phase.count[1] * phase.count[2]; }
+  const Areas& areas;
 
   // The places of pixels from `first` on, at most `most`, before `last_pixel`. The results have their first channel at `out`.
   // gap: 0, or so many pixels after each line, which have no results, are taken along: the lines of a plane are one then.
   // places.rows counts those too. Returns the pixel where it ended.
   int64_t locate(int64_t first, int64_t last_pixel, int64_t most, int64_t gap, uint8_t* out, Places& places) const {
+    constexpr int64_t WHOLE = 12;  // pixels: whole tiles, of each size that they have
+    places.line_count = places.stretch_count = places.piece_count = places.rows = 0;
+    for (const Area& area : areas) {
+      if (first >= area.last) continue;
+      const int64_t last = std::min(last_pixel, area.last);
+      int64_t room = most - places.rows;
+      if (areas.several() && last - first > room) room -= room % WHOLE;
+      if (first == last || room == 0) break;
+      const Piece before{&area, places.rows, places.stretch_count};
+      first = locate_in(area, first, last, places.rows + room, gap, out, places);
+      places.pieces[places.piece_count++] = {&area, places.rows - before.rows, places.stretch_count - before.stretches};
+    }
+    return first;
+  }
+
+ private:
+  // As above, of one area. Adds to places.
+  int64_t locate_in(const Area& area, int64_t first, int64_t last_pixel, int64_t most, int64_t gap, uint8_t* out,
+                    Places& places) const {
     const Product& p = call.product;
-    const int64_t *c = phase.count, *s = p.base_step;
-    int64_t x = first % c[2], rest = first / c[2];
-    int64_t y = rest % c[1];
-    rest /= c[1];
-    int64_t z = rest % c[0], sample = rest / c[0];
-    places.line_count = places.stretch_count = places.rows = 0;
+    const Span *const span = area.region.span;
+    const int64_t c[3] = {span[0].count, span[1].count, span[2].count}, *s = p.base_step;
+    int64_t at[3], rest = first - area.first;
+    for (int d = 2; d >= 0; --d) {
+      at[d] = rest % c[d];
+      rest /= c[d];
+    }
+    int64_t sample = rest;
+    Stretch* const of_area = places.stretches + places.stretch_count;
     bool joined = false;
     while (first < last_pixel && places.rows + (joined ? gap : 0) < most) {
+      const int64_t z = span[0].first + at[0], y = span[1].first + at[1], x = span[2].first + at[2];
       const int64_t line = (sample * p.padded[0] + z * s[0] + p.before[0]) * p.padded[1] + y * s[1] + p.before[1];
       const int64_t place = sample * call.out_sample + (phase.first[0] + z * p.result_step[0]) * call.out_step[0] +
                             (phase.first[1] + y * p.result_step[1]) * call.out_step[1] +
                             (phase.first[2] + x * p.result_step[2]) * call.out_step[2];
       const float* sample_factor = call.sample_factor ? call.sample_factor + sample : nullptr;
-      const int64_t count = std::min({last_pixel - first, c[2] - x, most - places.rows - (joined ? gap : 0)});
+      const int64_t count = std::min({last_pixel - first, c[2] - at[2], most - places.rows - (joined ? gap : 0)});
       if (joined) {
         places.rows += gap;
         places.lines[places.line_count - 1].count += gap + count;
@@ -92,45 +124,27 @@ struct Pixels {
       const Stretch next{count, out + place * call.element_bytes,
                          p.result_step[2] * call.out_step[2] * call.element_bytes, sample_factor};
       Stretch* const last = places.stretches + places.stretch_count - 1;
-      if (places.stretch_count > 0 && last->out + last->count * last->step == next.out &&
-          last->sample_factor == sample_factor)
+      if (last >= of_area && last->out && last->sample_factor == sample_factor && follows(*last, next))
         last->count += count;
       else
         places.stretches[places.stretch_count++] = next;
       first += count;
       places.rows += count;
-      x = 0;
-      joined = gap > 0 && y + 1 < c[1];
-      if (++y < c[1]) continue;
-      y = 0;
-      if (++z < c[0]) continue;
-      z = 0;
+      at[2] = 0;
+      joined = gap > 0 && at[1] + 1 < c[1];
+      if (++at[1] < c[1]) continue;
+      at[1] = 0;
+      if (++at[0] < c[0]) continue;
+      at[0] = 0;
       ++sample;
     }
     return first;
   }
-};
 
-// What the pixels of a phase read, as the multiply kernels take it.
-struct Reads {
-  std::unique_ptr<int64_t[]> offsets;  // of the taps, in bytes from the base
-  int64_t taps, depth;                 // taps that follow each other in memory are taken as one of so much depth
-
-  Reads(const Product& p, const Phase& phase)
-      : offsets(new int64_t[phase.taps.size() + 1]), taps(static_cast<int64_t>(phase.taps.size())), depth(p.image_depth) {
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t* shift = phase.taps[t].shift;
-      offsets[t] = ((shift[0] * p.padded[1] + shift[1]) * p.padded[2] + shift[2]) * p.pixel_bytes();
-    }
-    const auto follows = [&](int64_t t) { return offsets[t] == offsets[t - 1] + p.image_depth; };
-    int64_t run = 1;
-    while (run < taps && follows(run)) ++run;
-    bool same = taps % std::max<int64_t>(run, 1) == 0;
-    for (int64_t t = run; t < taps && same; ++t) same = t % run == 0 || follows(t);
-    if (!same || taps == 0) return;
-    taps /= run;
-    depth *= run;
-    for (int64_t t = 0; t < taps; ++t) offsets[t] = offsets[t * run];
+  // Whether two stretches are one. Single pixels, as those of a column, are as far apart as they happen to be.
+  static bool follows(Stretch& last, const Stretch& next) {
+    if (last.count == 1 && next.count == 1) last.step = next.out - last.out;
+    return last.out + last.count * last.step == next.out && (next.count == 1 || next.step == last.step);
   }
 };
 
@@ -146,7 +160,7 @@ struct Runs {
   int64_t gap = 0;      // see Pixels::locate
   int64_t rows = ROWS;  // handled at a time
 
-  Runs(const Product& p, const Phase& phase, const Reads& reads) : used(current_isa() == AMX) {
+  Runs(const Product& p, const Phase& phase, int64_t depth) : used(current_isa() == AMX) {
     const int64_t* c = phase.count;
     const int64_t lines_apart = p.padded[2] * p.base_step[1], width = lines_apart / p.base_step[2];  // of a line, in steps
     step = p.base_step[2] * p.pixel_bytes();
@@ -154,7 +168,7 @@ struct Runs {
     const bool even = width * p.base_step[2] == lines_apart, seamless = even && width == c[2];
     const int64_t plane = c[1] * width - (width - c[2]);  // with what is between its lines
     const bool joins = even && !seamless && 4 * c[2] >= 3 * width && fewest(plane, 1) < c[1] * fewest(c[2], 1);
-    gather = reads.depth % DEPTH != 0 || (!seamless && !joins && equal(c[2], 1) < SHORTEST);
+    gather = depth % DEPTH != 0 || (!seamless && !joins && equal(c[2], 1) < SHORTEST);
     if (joins && !gather) gap = width - c[2];
     if (gather || seamless) longest = equal(p.batch * c[0] * c[1] * c[2], 2);
     else longest = gap > 0 ? equal(plane, 2) : equal(c[2], 1);
@@ -182,23 +196,20 @@ struct Runs {
 };
 
 // The bytes that one pixel reads, in a row.
-void gather(const uint8_t* base, const Reads& reads, uint8_t* row) {
-  for (int64_t t = 0; t < reads.taps; ++t, row += reads.depth) std::memcpy(row, base + reads.offsets[t], reads.depth);
+void gather(const uint8_t* base, const Area& area, uint8_t* row) {
+  for (int64_t t = 0; t < area.read_count; ++t, row += area.depth) std::memcpy(row, base + area.reads[t].image, area.depth);
 }
 
 // One thread's share: result pixels first_pixel .. last_pixel, blocks first_block .. last_block of one group and phase.
-void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t first_pixel, int64_t last_pixel,
-                   int64_t first_block, int64_t last_block) {
+void multiply_part(const Call& call, const Phase& phase, const Areas& areas, int64_t group, int64_t first_pixel,
+                   int64_t last_pixel, int64_t first_block, int64_t last_block) {
   const Product& p = call.product;
-  const Phase& phase = p.phases[phase_index];
-  const Pixels pixels{call, phase};
+  const Pixels pixels{call, phase, areas};
   const auto multiply = multiply_kernel.pick();
   const auto decode = decode_kernel.pick();
   const auto finish = finish_kernel.pick();
   const int64_t block_bytes = phase.depth * BLOCK;
-  const Reads reads(p, phase);
-  const Runs runs(p, phase, reads);
-  const int64_t one_tap = 0;
+  const Runs runs(p, phase, areas.begin()->depth);
 
   constexpr int64_t STEP = COLUMNS / BLOCK;
   // Where all pixels are handled at once, nothing is gained by more blocks than they are multiplied with together.
@@ -208,26 +219,20 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
   const bool packed = call.bits != 8;
   const auto panel = new_buffer<int8_t>(packed ? std::min(panel_blocks, last_block - first_block) * block_bytes : 0);
   const auto gathered = new_buffer<uint8_t>(runs.gather ? runs.rows * phase.depth : 0);
+  const Read gathered_read{0, 0};
   alignas(64) int32_t totals[ROWS * COLUMNS];
   Places places;
   const uint8_t* rows[MOST_ROWS];
   uint8_t lengths[MOST_ROWS];
   Setup setup;
   // Of the group's first channel.
-  Results results{finish, call.epilogue, places.stretches, 0, 0, call.out_channel};
-  results.epilogue.zero_sum += (static_cast<int64_t>(phase_index) * p.groups + group) * p.blocks() * BLOCK;
+  Results results{finish, call.epilogue, nullptr, 0, 0, call.out_channel};
   results.epilogue.factor += group * p.result_channels;
   if (results.epilogue.bias) results.epilogue.bias += group * p.result_channels;
   uint8_t* const first_out = call.out + group * p.result_channels * call.out_channel * call.element_bytes;
   const uint8_t* const image = call.image + group * p.image_depth;
-  Tile tile{rows, 0, reads.offsets.get(), reads.taps, reads.depth, nullptr, block_bytes, 0, totals, lengths, 0,
-            call.pairs, &results, &setup};
+  Tile tile{rows, 0, nullptr, 0, 0, nullptr, block_bytes, 0, totals, lengths, 0, call.pairs, &results, &setup};
   int64_t located = -1, next = first_pixel;
-  if (runs.gather) {
-    tile.offsets = &one_tap;
-    tile.taps = 1;
-    tile.tap_depth = phase.depth;
-  }
 
   for (int64_t b0 = first_block; b0 < last_block; b0 += panel_blocks) {
     const int64_t b1 = std::min(last_block, b0 + panel_blocks);
@@ -241,24 +246,38 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
       if (first != located) {
         located = first;
         next = pixels.locate(first, last_pixel, runs.rows, runs.gap, first_out, places);
-        tile.count = places.rows;
         if (runs.used) tile.run_count = runs.cut(places, lengths);
         for (int64_t i = 0, row = 0; i < places.line_count; ++i)
           for (int64_t k = 0; k < places.lines[i].count; ++k) rows[row++] = image + places.lines[i].base + k * runs.step;
-        if (runs.gather)
-          for (int64_t i = 0; i < tile.count; ++i) {
+        if (runs.gather) {
+          const Area& all = *areas.begin();
+          const int64_t read = all.read_count * all.depth;
+          for (int64_t i = 0; i < places.rows; ++i) {
             uint8_t* row = gathered.get() + i * phase.depth;
-            gather(rows[i], reads, row);
-            std::memset(row + reads.taps * reads.depth, 0, phase.depth - reads.taps * reads.depth);
+            gather(rows[i], all, row);
+            std::memset(row + read, 0, phase.depth - read);
             rows[i] = row;
           }
+        }
       }
       for (int64_t b = b0; b < b1; b += STEP) {
         tile.blocks = std::min(STEP, b1 - b);
         tile.weights = weights + (b - b0) * block_bytes;
         results.first = b * BLOCK;
         results.channels = std::min(tile.blocks * BLOCK, p.result_channels - b * BLOCK);
-        multiply(tile);
+        tile.rows = rows;
+        results.stretches = places.stretches;
+        for (const Piece* piece = places.pieces; piece < places.pieces + places.piece_count; ++piece) {
+          const Area& area = *piece->area;
+          tile.count = piece->rows;
+          tile.reads = runs.gather ? &gathered_read : area.reads;
+          tile.read_count = runs.gather ? 1 : area.read_count;
+          tile.depth = runs.gather ? phase.depth : area.depth;
+          results.epilogue.zero_sum = area.zero_sum + group * p.blocks() * BLOCK;
+          multiply(tile);
+          tile.rows += piece->rows;
+          results.stretches += piece->stretches;
+        }
       }
     }
   }
@@ -266,17 +285,18 @@ void multiply_part(const Call& call, size_t phase_index, int64_t group, int64_t 
 
 void multiply_all(const Call& call, int threads) {
   const Product& p = call.product;
-  for (size_t f = 0; f < p.phases.size(); ++f) {
-    const int64_t pixels = Pixels{call, p.phases[f]}.count();
+  for (const Phase& phase : p.phases) {
+    const Areas areas(p, phase, call.sums, call.zero, call.pairs);
+    const int64_t pixels = areas.pixels();
     for (int64_t group = 0; group < p.groups; ++group) {
       // Threads share the pixels; where those are few, the channels.
       if (pixels >= 2 * ROWS * threads || p.blocks() < 2 * COLUMNS / BLOCK) {
         parallel_for(pixels, 48, threads, [&](int64_t first, int64_t last) {
-          multiply_part(call, f, group, first, last, 0, p.blocks());
+          multiply_part(call, phase, areas, group, first, last, 0, p.blocks());
         });
       } else {
         parallel_for(p.blocks(), COLUMNS / BLOCK, threads, [&](int64_t first, int64_t last) {
-          multiply_part(call, f, group, 0, pixels, first, last);
+          multiply_part(call, phase, areas, group, 0, pixels, first, last);
         });
       }
     }
@@ -298,9 +318,6 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
   const int threads = static_cast<int>(a->threads);
   const Image image(p, static_cast<SourceKind>(a->source), x, static_cast<Dtype>(a->x_dtype), a->x_sample, a->x_channel,
                     a->x_step, static_cast<int>(a->x_bits), scale ? *scale : 1.0f, low ? *low : 0.0f, threads);
-  const int64_t padded = p.groups * p.blocks() * BLOCK, phases = static_cast<int64_t>(p.phases.size());
-  const std::unique_ptr<int32_t[]> zero_sums(new int32_t[phases * padded]);
-  for (int64_t i = 0; i < phases * padded; ++i) zero_sums[i] = sums[i] * image.zero();
   const int64_t channels = p.groups * p.result_channels;
   std::unique_ptr<float[]> factors;
   if (scale) {
@@ -311,12 +328,13 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float added = (poison ? *poison : 0.0f) + (image.odd() ? nan : 0.0f);
   const int64_t largest_weight = int64_t{1} << (a->w_bits - 1);
-  const Epilogue epilogue{zero_sums.get(), factor, bias, added, static_cast<Dtype>(a->out_dtype),
+  const Epilogue epilogue{nullptr, factor, bias, added, static_cast<Dtype>(a->out_dtype),
                           a->out_bytes != 0, static_cast<int>(a->out_zero)};
   const int64_t element = a->out_bytes ? 1 : a->out_dtype == FLOAT32 ? 4 : 2;
   const Call call{p, image.bytes(), weights, static_cast<int>(a->w_arranged_bits),
-                  32767 / (2 * image.largest() * largest_weight), epilogue, sample_factor, static_cast<uint8_t*>(out),
-                  a->out_sample, a->out_channel, {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
+                  32767 / (2 * image.largest() * largest_weight), sums, image.zero(), epilogue, sample_factor,
+                  static_cast<uint8_t*>(out), a->out_sample, a->out_channel,
+                  {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
   multiply_all(call, threads);
   return 0;
 }

@@ -27,15 +27,20 @@ struct Setup {
   }
 };
 
+// Where products read that follow each other in memory, in bytes: from a pixel, and from the first weight of a block.
+struct Read {
+  int64_t image, weights;
+};
+
 // One tile of the product: `count` image pixels times `blocks` blocks of 16 result channels.
-//   totals[i][o] = sum over taps t, k < tap_depth of rows[i][offsets[t] + k] * weights[o / 16][t * tap_depth + k][o % 16]
+//   totals[i][o] = sum over reads r, k < depth of rows[i][r.image + k] * weights[o / 16][r.weights / 16 + k][o % 16]
 // where weights is as in arrange.cpp, as signed bytes, each block block_bytes long, and totals is (count, COLUMNS) int32.
 // With `results`, they are given the totals, all at once or part by part, and what is left in `totals` is of no use.
 struct Tile {
   const uint8_t* const* rows;
   int64_t count;  // at most ROWS
-  const int64_t* offsets;
-  int64_t taps, tap_depth;  // tap_depth: a multiple of 4
+  const Read* reads;
+  int64_t read_count, depth;  // depth: of a read, a multiple of 4
   const int8_t* weights;
   int64_t block_bytes, blocks;  // blocks: at most COLUMNS / 16
   int32_t* totals;

@@ -12,10 +12,10 @@ void multiply_scalar(const Tile& tile) {
     for (int64_t b = 0; b < tile.blocks; ++b) {
       int32_t* totals = tile.totals + i * COLUMNS + b * BLOCK;
       for (int64_t o = 0; o < BLOCK; ++o) totals[o] = 0;
-      const int8_t* weights = tile.weights + b * tile.block_bytes;
-      for (int64_t t = 0; t < tile.taps; ++t) {
-        const uint8_t* pixel = tile.rows[i] + tile.offsets[t];
-        for (int64_t k = 0; k < tile.tap_depth; k += 4, weights += 4 * BLOCK)
+      for (const Read* read = tile.reads; read < tile.reads + tile.read_count; ++read) {
+        const uint8_t* pixel = tile.rows[i] + read->image;
+        const int8_t* weights = tile.weights + b * tile.block_bytes + read->weights;
+        for (int64_t k = 0; k < tile.depth; k += 4, weights += 4 * BLOCK)
           for (int64_t o = 0; o < BLOCK; ++o)
             for (int64_t j = 0; j < 4; ++j) totals[o] += pixel[k + j] * weights[4 * o + j];
       }

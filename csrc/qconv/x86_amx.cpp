@@ -33,15 +33,16 @@ int64_t distance(const Tile& t, int64_t first, int64_t rows) { return rows > 1 ?
 
 template <bool lower, bool right>
 void multiply(const Tile& t, int64_t first, int64_t upper, int64_t upper_stride, int64_t lower_stride,
-              const int8_t* weights, int32_t* totals) {
+              const int8_t* block, int32_t* totals) {
   _tile_zero(0);
   if (right) _tile_zero(1);
   if (lower) _tile_zero(2);
   if (lower && right) _tile_zero(3);
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const uint8_t* a = t.rows[first] + t.offsets[tap];
-    const uint8_t* b = lower ? t.rows[first + upper] + t.offsets[tap] : nullptr;
-    for (int64_t k = 0; k < t.tap_depth; k += 64, weights += 16 * 64) {
+  for (const Read *read = t.reads, *end = read + t.read_count; read < end; ++read) {
+    const int8_t* weights = block + read->weights;
+    const uint8_t* a = t.rows[first] + read->image;
+    const uint8_t* b = lower ? t.rows[first + upper] + read->image : nullptr;
+    for (int64_t k = 0; k < t.depth; k += 64, weights += 16 * 64) {
       _tile_loadd(4, a + k, upper_stride);
       _tile_loadd(6, weights, 64);
       _tile_dpbusd(0, 4, 6);
@@ -82,7 +83,7 @@ struct Finished {
 
 }  // namespace
 
-// tap_depth is a multiple of 64.
+// depth is a multiple of 64.
 void multiply_amx(const Tile& t) {
   constexpr int64_t MOST = 32;  // rows of two runs
   Finished finished{};

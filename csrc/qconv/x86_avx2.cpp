@@ -44,24 +44,28 @@ __attribute__((always_inline)) inline void widen(const __m256i (&sum)[MR][2], __
 
 // vpmaddubsw adds two products in 16 bits; STEPS such sums fit there before they are widened. Eight 16-bit sums, two
 // vectors of weights and a pixel are in registers; the totals are in the L1 cache, touched once in STEPS steps, and once
-// in the rest of a tap.
+// in the rest of a read.
 template <int MR, int STEPS>
-void tile(const Tile& t, int64_t first, const int8_t* weights, int unit, int32_t* totals) {
+void tile(const Tile& t, int64_t first, const int8_t* block, int unit, int32_t* totals) {
   const __m256i units = _mm256_set1_epi16(static_cast<int16_t>(unit));
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  // Copies: for all GCC knows, a store of totals changes the tile.
+  const int64_t depth = t.depth;
+  const uint8_t* const* const rows = t.rows + first;
+  for (const Read *read = t.reads, *end = read + t.read_count; read < end; ++read) {
+    const int8_t* weights = block + read->weights;
     const uint8_t* pixel[MR];
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
+    for (int m = 0; m < MR; ++m) pixel[m] = rows[m] + read->image;
     int64_t k = 0;
     __m256i sum[MR][2];
-    for (; k + 4 * STEPS <= t.tap_depth; k += 4 * STEPS, weights += 64 * STEPS) {
+    for (; k + 4 * STEPS <= depth; k += 4 * STEPS, weights += 64 * STEPS) {
 #pragma GCC unroll 16
       for (int g = 0; g < STEPS; ++g) step<MR>(pixel, k + 4 * g, weights + 64 * g, g == 0, sum);
       widen<MR>(sum, units, totals);
     }
-    if (k == t.tap_depth) continue;
+    if (k == depth) continue;
     step<MR>(pixel, k, weights, true, sum);
-    for (k += 4, weights += 64; k < t.tap_depth; k += 4, weights += 64) step<MR>(pixel, k, weights, false, sum);
+    for (k += 4, weights += 64; k < depth; k += 4, weights += 64) step<MR>(pixel, k, weights, false, sum);
     widen<MR>(sum, units, totals);
   }
 }
@@ -81,20 +85,20 @@ void multiply_block(const Tile& t, const TileFunction* tiles, const int8_t* weig
 }
 
 // Where not two sums fit, each weight is taken as 16 * high + low, with -8 <= high <= 8 and -8 <= low <= 7: two products
-// of eight sums each. The halves are made for SOME products of a tap and all pixels at a time.
-void multiply_halves(Tile t, const int8_t* weights, int32_t* totals) {
+// of eight sums each. The halves are made for SOME products of a read and all pixels at a time.
+void multiply_halves(const Tile& whole, const int8_t* block, int32_t* totals) {
   constexpr int64_t SOME = 256;
   alignas(32) int8_t high[SOME * BLOCK], low[SOME * BLOCK];
-  const int64_t* offsets = t.offsets;
-  const int64_t taps = t.taps, depth = t.tap_depth;
-  int64_t offset;
-  t.offsets = &offset;
-  t.taps = 1;
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t k = 0; k < depth; k += SOME) {
-      offset = offsets[tap] + k;
-      t.tap_depth = depth - k < SOME ? depth - k : SOME;
-      for (int64_t i = 0; i < t.tap_depth * BLOCK; i += 32, weights += 32) {
+  Read some{0, 0};
+  Tile t = whole;
+  t.reads = &some;
+  t.read_count = 1;
+  for (const Read* read = whole.reads; read < whole.reads + whole.read_count; ++read)
+    for (int64_t k = 0; k < whole.depth; k += SOME) {
+      const int8_t* weights = block + read->weights + k * BLOCK;
+      some.image = read->image + k;
+      t.depth = whole.depth - k < SOME ? whole.depth - k : SOME;
+      for (int64_t i = 0; i < t.depth * BLOCK; i += 32, weights += 32) {
         // The high half of w + 8 without sign: bytes have no shift of their own.
         const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
         const __m256i shifted = _mm256_srli_epi16(_mm256_add_epi8(w, _mm256_set1_epi8(-120)), 4);  // w + 8 + 128

@@ -16,13 +16,13 @@ void tile(const Tile& t, int64_t first) {
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[m][j] = _mm512_setzero_si512();
-  const int8_t* weights = t.weights;
   const int64_t block = t.block_bytes;
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  for (const Read *read = t.reads, *end = read + t.read_count; read < end; ++read) {
+    const int8_t* weights = t.weights + read->weights;
     const uint8_t* pixel[MR];
 #pragma GCC unroll 6
-    for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + t.offsets[tap];
-    for (int64_t k = 0; k < t.tap_depth; k += 4, weights += 64) {
+    for (int m = 0; m < MR; ++m) pixel[m] = t.rows[first + m] + read->image;
+    for (int64_t k = 0; k < t.depth; k += 4, weights += 64) {
       __m512i w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = _mm512_loadu_si512(weights + j * block);

@@ -10,7 +10,6 @@ extern "C" {
 using bitorch_engine::Geometry;
 using bitorch_engine::QconvArguments;
 int64_t be_qconv_arranged_values(const Geometry* geometry, int scatter, int rows_are_results);
-int64_t be_qconv_phases(const Geometry* geometry, int scatter, int rows_are_results);
 void be_qconv_arrange(const Geometry* geometry, int scatter, int rows_are_results, const uint8_t* packed, int bits,
                       int out_bits, uint8_t* out, int32_t* sums, int threads);
 int be_qconv(const QconvArguments* a, const void* x, const float* scale, const float* low, const uint8_t* weights,
@@ -113,7 +112,7 @@ bool meets_definition(uint64_t seed) {
   const int arranged_bits = random.flip() ? 8 : p.w_bits;
   const int64_t blocks = (p.result_channels() / g.groups + 15) / 16 * g.groups;
   std::vector<uint8_t> arranged(be_qconv_arranged_values(&g, p.scatter, p.rows_are_results) * arranged_bits / 8);
-  std::vector<int32_t> sums(be_qconv_phases(&g, p.scatter, p.rows_are_results) * blocks * 16);
+  std::vector<int32_t> sums(g.taps() * blocks * 16);
   be_qconv_arrange(&g, p.scatter, p.rows_are_results, packed.data(), p.w_bits, arranged_bits, arranged.data(),
                    sums.data(), threads);
   QconvArguments a{};

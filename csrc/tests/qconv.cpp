@@ -9,6 +9,9 @@ namespace {
 Written multiply(MultiplyFunction kernel, Random& random) {
   const int64_t count = random.between(1, ROWS), taps = random.between(1, 4), depth = DEPTH * random.between(1, 3);
   const int64_t blocks = random.between(1, COLUMNS / BLOCK), block_bytes = taps * depth * BLOCK;
+  std::vector<Read> reads;  // of some of the taps
+  for (int64_t t = 0; t < taps; ++t)
+    if (random.between(0, 3) > 0) reads.push_back({random.between(0, 2000), t * depth * BLOCK});
   const int64_t largest = (1 << random.between(1, 8)) - 1, largest_weight = 1 << random.between(0, 7);
   const std::vector<uint8_t> image = random.bytes(8000, largest);
   std::vector<const uint8_t*> rows;
@@ -19,14 +22,13 @@ Written multiply(MultiplyFunction kernel, Random& random) {
     for (int64_t i = 0; i < run; ++i) rows.push_back(image.data() + start + i * distance);
     runs.push_back(static_cast<uint8_t>(run));
   }
-  std::vector<int64_t> offsets(taps);
-  for (int64_t& offset : offsets) offset = random.between(0, 2000);
   std::vector<int8_t> weights(blocks * block_bytes);
   for (int8_t& weight : weights) weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
   std::vector<int32_t> totals(ROWS * COLUMNS);
   Setup setup;
-  Tile tile{rows.data(), count, offsets.data(), taps, depth, weights.data(), block_bytes, blocks, totals.data(),
-            runs.data(), static_cast<int64_t>(runs.size()), 32767 / (2 * largest * largest_weight), nullptr, &setup};
+  Tile tile{rows.data(), count, reads.data(), static_cast<int64_t>(reads.size()), depth, weights.data(), block_bytes,
+            blocks, totals.data(), runs.data(), static_cast<int64_t>(runs.size()),
+            32767 / (2 * largest * largest_weight), nullptr, &setup};
   if (random.flip()) {
     kernel(tile);
     return Written().add(totals);

@@ -83,7 +83,7 @@ class _Problem:
             self.order += (c, x if forward == c.transposed else out)
 
     def arrange(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight in the engine's order, and the sums of its codes."""
+        """The weight in the engine's order, and the sums of its codes: of each phase, or of each tap."""
         a = self.arguments
         place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
         if self.narrow:
@@ -94,7 +94,7 @@ class _Problem:
         g = a.geometry
         blocks = g.groups * -(-((g.in_channels if a.scatter else g.out_channels) // g.groups) // 16)
         weights = torch.empty(_arranged_values(*place) * a.w_arranged_bits // 8, dtype=torch.uint8)
-        sums = torch.empty(_phases(*place), blocks * 16, dtype=torch.int32)
+        sums = torch.empty(math.prod(g.kernel), blocks * 16, dtype=torch.int32)
         _arrange(*place, packed.data_ptr(), a.w_bits, a.w_arranged_bits, weights.data_ptr(), sums.data_ptr(), threads())
         return weights, sums
 

@@ -79,6 +79,12 @@ CASES = {
     "depthwise-transposed": Case(
         (1, 35, 4, 5), (35, 1, 3, 4), stride=(2,), padding=(1,), transposed=True, output_padding=(1, 0), groups=35
     ),
+    "5x5-of-a-small-map": Case((2, 96, 7, 6), (72, 96, 5, 5), stride=(1, 2), padding=(2,)),
+    "dilated-of-a-small-map": Case((1, 128, 7, 8), (64, 128, 3, 3), padding=(2,), dilation=(2,)),
+    "groups-of-a-small-map": Case((2, 256, 5, 5), (128, 128, 3, 3), padding=(1,), groups=2),
+    "1d-of-a-short-line": Case((4, 128, 6), (64, 128, 5), padding=(2,)),
+    "3d-of-a-small-map": Case((1, 64, 3, 4, 5), (48, 64, 3, 3, 3), padding=(1,)),
+    "transposed-of-a-small-map": Case((1, 128, 5, 5), (128, 64, 4, 4), stride=(2,), padding=(1,), transposed=True),
     "padding-that-differs": Case((1, 6, 6, 7), (9, 6, 4, 2), stride=(2, 1), pad=(1, 0, 2, 1)),
     "padding-wider-than-the-image": Case((1, 4, 1, 2), (3, 4, 3, 3), padding=(4,)),
     "pixels-never-read": Case((1, 8, 9, 9), (8, 8, 1, 2), stride=(4, 3)),
