@@ -25,6 +25,16 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bit_format(bits).bits + 7) // 8
 
 
+def check_packed(packed: Tensor, count: int, bits: int) -> None:
+    """Raise TypeError where ``packed`` is not uint8, ValueError where it has not ``packed_size(count, bits)`` bytes."""
+    if packed.dtype is not torch.uint8:
+        raise TypeError(f"packed values must be a uint8 tensor, got {packed.dtype}.")
+    if packed.numel() != packed_size(count, bits):
+        raise ValueError(
+            f"{count} values of {bits} bits are packed in {packed_size(count, bits)} bytes, got {packed.numel()} bytes."
+        )
+
+
 def pack(values: Tensor, bits: int, *, check: bool = True) -> Tensor:
     """The packed bytes of ``values``: uint8, 1-D, ``packed_size(values.numel(), bits)`` long, on the same device.
 
@@ -49,16 +59,8 @@ def pack(values: Tensor, bits: int, *, check: bool = True) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` values of a packed stream: uint8, 1-D, a new tensor.
-
-    Raises TypeError where ``packed`` is not uint8, ValueError where it is not ``packed_size(count, bits)`` bytes long.
-    """
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"unpack takes a uint8 tensor, got {packed.dtype}.")
-    if packed.numel() != packed_size(count, bits):
-        raise ValueError(
-            f"{count} values of {bits} bits are packed in {packed_size(count, bits)} bytes, got {packed.numel()} bytes."
-        )
+    """The ``count`` values of a packed stream: uint8, 1-D, a new tensor. Raises what ``check_packed`` does."""
+    check_packed(packed, count, bits)
     packed = packed.reshape(-1)
     if bits == 8:
         return packed.clone()

@@ -100,7 +100,7 @@ def test_an_unknown_width_is_refused(bits: int) -> None:
 def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"pack takes a uint8 tensor of indices, got {dtype}"):
         pack(torch.zeros(3, dtype=dtype), 4)
-    with pytest.raises(TypeError, match=f"unpack takes a uint8 tensor, got {dtype}"):
+    with pytest.raises(TypeError, match=f"packed values must be a uint8 tensor, got {dtype}"):
         unpack(torch.zeros(3, dtype=dtype), 4, 6)
 
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from bitorch_engine.bits import packed_size
+from bitorch_engine.bits import check_packed, packed_size
 from bitorch_engine.ops.cpu.loading import INT, INT64, POINTER, function, threads
-from bitorch_engine.ops.reference import bits as reference
 
 _pack = function("be_pack", POINTER, POINTER, INT64, INT, INT)
 _unpack = function("be_unpack", POINTER, POINTER, INT64, INT, INT)
@@ -19,8 +18,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    if packed.numel() != packed_size(count, bits):
-        return reference.unpack(packed, bits, count)  # which says what is wrong
+    check_packed(packed, count, bits)
     packed = packed.contiguous()
     values = torch.empty(count, dtype=torch.uint8)
     _unpack(packed.data_ptr(), values.data_ptr(), count, bits, threads())

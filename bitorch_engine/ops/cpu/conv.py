@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu import binary, linear
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
@@ -65,6 +66,7 @@ class _Problem:
         **fields: int,
     ) -> None:
         c = convolution
+        self.weights = math.prod(weight_shape)
         self.arguments = _Arguments(**fields)
         if c.transposed:
             place = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=x)
@@ -85,6 +87,7 @@ class _Problem:
     def arrange(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The weight in the engine's order, and the sums of its codes: of each phase, or of each tap."""
         a = self.arguments
+        check_packed(packed, self.weights, a.w_bits)
         place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
         if self.narrow:
             weights = torch.empty(_depthwise_bytes(*place), dtype=torch.uint8)
@@ -291,6 +294,7 @@ def conv_codes(
         return reference.conv_codes(
             codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit, weight_shape, *rest
         )
+    check_packed(codes, math.prod(shape), a_bit)
     problem, result, strides = found
     y = torch.empty_strided(result, strides, dtype=dtype)
     return problem.run(codes, packed, channel_scale, y, scale, low, poison=poison, keep=False)

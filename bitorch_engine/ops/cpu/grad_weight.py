@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu.bits import unpack
 from bitorch_engine.ops.cpu.geometry import geometry, is_narrow
 from bitorch_engine.ops.cpu.loading import FLOAT, INT, INT64, POINTER, current_isa, function, threads
@@ -39,6 +40,7 @@ def conv_grad_weight(
     c = Convolution(*fields)
     if len(shape) > 5 or min(*shape, *grad_codes.shape, *weight_shape) < 1:
         return reference.conv_grad_weight(grad_codes, grad_scale, codes, scale, low, a_bit, shape, weight_shape, *rest)
+    check_packed(codes, prod(shape), a_bit)
     out = c.output_shape(shape, weight_shape)
     if c.transposed:
         place = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=shape)
@@ -77,9 +79,10 @@ def conv_grad_weight_float(
     if not (grad.dtype is torch.float32 and _goes_by_columns(c, [*shape, *grad.shape, *weight_shape])):
         values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
         return c.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
+    check_packed(codes, prod(shape), a_bit)
     place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
     rows = grad.movedim(1, -1).reshape(-1, weight_shape[0])  # (result pixels, C_out)
-    values = codes if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
+    values = codes.contiguous() if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
     length = prod(weight_shape[1:])
     step = min(rows.shape[0], max(1, COLUMNS // length))
     columns = torch.empty(step, length)

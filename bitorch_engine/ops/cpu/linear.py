@@ -1,6 +1,7 @@
 """Packed weights with float activations: a block of output channels at a time becomes float, never the whole weight."""
 
 import ctypes
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
 from bitorch_engine.ops.cpu.plans import can_plan, make_plan, planned
 from bitorch_engine.ops.cpu.quantize import dequantize
@@ -80,6 +82,7 @@ def quantized_row(
     weight_shape: Sequence[int],
 ) -> tuple[Any, ctypes.Structure]:
     """A kernel, and what it reads besides x, for the integer product of a row. It reads the packed weight as it is."""
+    check_packed(packed, math.prod(weight_shape), w_bit)
     structure = _PlannedCodes(
         scale.data_ptr(),
         low.data_ptr(),
@@ -98,6 +101,7 @@ def linear_weight_only(
     x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int, group_size: int = 0
 ) -> Tensor:
     rows = channel_scale.shape[0] if group_size else channel_scale.numel()
+    check_packed(packed, rows * columns, bits)
     few = x.numel() // max(1, columns)
     if group_size == 0 and x.dtype in DTYPES and _suits(few, bits, columns):
         return _few_rows(x, few, packed, channel_scale, bits, bias, columns)

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bitorch_engine.bits import packed_size
+from bitorch_engine.bits import check_packed, packed_size
 from bitorch_engine.ops.cpu.loading import DTYPES, FLOAT, FLOAT64, INT, INT64, POINTER, function, threads
 from bitorch_engine.ops.reference import activation, gradient
 from bitorch_engine.ops.reference.layout import channels_last_shape, is_channels_last, new_output
@@ -49,6 +49,7 @@ def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tup
 def activation_values(
     codes: Tensor, scale: Tensor, low: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
+    check_packed(codes, prod(shape), bits)
     values = new_output(codes, shape, torch.float32, channels_last)
     _values(
         codes.data_ptr(),
@@ -66,6 +67,8 @@ def activation_values(
 def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if grad.dtype not in DTYPES or grad.numel() == 0:
         return activation.activation_grads(grad, codes, beyond, low, bits)
+    check_packed(codes, grad.numel(), bits)
+    check_packed(beyond, grad.numel(), 1)
     dense, channels_last = _dense(grad.to(torch.float32))
     lowest = float(low)
     out = torch.empty_like(dense)
@@ -88,6 +91,7 @@ def dequantize(
     packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype, taps: int = 1
 ) -> Tensor:
     out = torch.empty(channel_scale.numel(), columns, dtype=torch.float32)
+    check_packed(packed, out.numel(), bits)
     scale, rest = channel_scale.contiguous(), (bits, out.data_ptr(), threads())
     if taps == 1:
         _dequantize(packed.data_ptr(), *out.shape, scale.data_ptr(), *rest)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from bitorch_engine.bits import bit_format
+from bitorch_engine.bits import bit_format, check_packed
 from bitorch_engine.ops.cpu.loading import FLOAT, INT, INT64, POINTER, function, threads
 from bitorch_engine.ops.reference import update as reference
 from bitorch_engine.ops.reference.levels import step_key
@@ -72,6 +72,9 @@ def update_(
     if per_row and exp_avg_s is not None and exp_avg_s.dtype != torch.float32:
         raise TypeError(f"a second moment of one value a row must be float32, got {exp_avg_s.dtype}.")
     form = bit_format(bits)
+    check_packed(packed, grad.numel(), bits)
+    if form.hidden_bits:
+        check_packed(residual, grad.numel(), form.hidden_bits)
     moment = 0 if exp_avg_s is None else exp_avg_s.data_ptr()
     step = _Step(
         bits, beta1, 1 - beta1, beta2, 1 - beta2, least, grad_factor,
