@@ -37,18 +37,18 @@ struct Bands {
   int64_t base(int64_t z, int64_t y, int64_t first) const {
     const int64_t plane = dimension == 0 ? (z - first) * p.base_step[0] + p.before[0] : 0;
     const int64_t line = (dimension == 1 ? y - first : y) * p.base_step[1] + p.before[1];
-    return ((plane * p.padded[1] + line) * p.padded[2] + p.before[2]) * Slab::pixel_bytes(p);
+    return ((plane * p.padded[1] + line) * Slab::line_pixels(p) + p.before[2]) * Slab::pixel_bytes(p);
   }
 };
 
 // Where the products of a phase, (tap, image channel), lie in a slab, in bytes from the base.
 static inline std::vector<int64_t> product_offsets(const Product& p, const Phase& phase) {
-  const int64_t plane = Slab::dimension(p) == 0 ? p.padded[1] * p.padded[2] : 0;  // otherwise there is one plane
+  const int64_t line = Slab::line_pixels(p), plane = Slab::dimension(p) == 0 ? p.padded[1] * line : 0;  // else there is one
   std::vector<int64_t> offsets;
   offsets.reserve(phase.taps.size() * p.image_channels + 1);
   for (const Tap& tap : phase.taps)
     for (int64_t c = 0; c < p.image_channels; ++c)
-      offsets.push_back((tap.shift[0] * plane + tap.shift[1] * p.padded[2] + tap.shift[2]) * Slab::pixel_bytes(p) +
+      offsets.push_back((tap.shift[0] * plane + tap.shift[1] * line + tap.shift[2]) * Slab::pixel_bytes(p) +
                         c * Slab::lanes(p));
   return offsets;
 }

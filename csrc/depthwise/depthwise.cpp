@@ -14,6 +14,7 @@
 #include "runtime/buffer.h"
 #include "runtime/convert.h"
 #include "runtime/parallel.h"
+#include "square/square.h"
 
 namespace bitorch_engine {
 
@@ -29,6 +30,20 @@ int64_t products(const Product& p, const Phase& phase) {
 }
 
 int64_t pairs(const Product& p, const Phase& phase) { return (products(p, phase) + 1) / 2; }
+
+// So many pairs have sums that fit 16 bits together.
+int64_t pairs_that_fit(const Source& source, int64_t w_bits) { return 32767 / (2 * (source.largest() << (w_bits - 1))); }
+
+// Whether there are three rows of three taps side by side, the first ones in the first pixel of their lines, with sums of 16
+// bits. (Lines of an image with depth are not in pairs.)
+bool is_square(const Product& p, const Source& source, int64_t w_bits) {
+  const std::vector<Tap>& taps = p.phases[0].taps;
+  bool yes = p.phases.size() == 1 && p.image_channels == 1 && taps.size() == 9 && p.base_step[2] <= 2 &&
+             Slab::dimension(p) == 1 && pairs_that_fit(source, w_bits) >= 5;
+  for (int64_t k = 0; yes && k < 9; ++k)
+    yes = taps[k].shift[1] == taps[k / 3 * 3].shift[1] && taps[k].shift[2] == k % 3 - p.before[2];
+  return yes;
+}
 
 // Bytes of the arranged weights of the phases before this one.
 int64_t weights_before(const Product& p, size_t phase) {
@@ -58,30 +73,33 @@ struct Call {
   const int32_t* start;  // (phases, lanes)
   const float *factor, *bias, *sample_factor;
   uint8_t* out;
+  bool square;
+
+  bool direct() const { return a.out_dtype == FLOAT32 && a.out_channel == 1; }  // results are as kernels write them
 };
 
 // What all lines of a phase share.
 struct PhaseWork {
   std::vector<int64_t> offsets;
-  DepthwiseLines line;
+  SquareLines line;
 
   PhaseWork(const Call& call, size_t f) : offsets(product_offsets(call.product, call.product.phases[f])), line{} {
     const Product& p = call.product;
     const Phase& phase = p.phases[f];
     if (offsets.size() % 2) offsets.push_back(offsets.back());
-    const int64_t largest = call.source.largest() << (call.a.w_bits - 1);
     line.offsets = offsets.data();
     line.pairs = pairs(p, phase);
-    line.step = p.base_step[2] * Slab::pixel_bytes(p);
+    line.step = p.base_step[2] * (call.square ? LANE_BLOCK : Slab::pixel_bytes(p));
+    line.block_step = LANE_BLOCK * Slab::line_pixels(p);
     line.pixels = phase.count[2];
-    line.line_step = p.base_step[1] * p.padded[2] * Slab::pixel_bytes(p);
+    line.line_step = p.base_step[1] * Slab::line_pixels(p) * Slab::pixel_bytes(p);
     line.line_pitch = p.result_step[1] * call.a.out_step[1];
     line.channels = p.groups * p.result_channels;
     line.weights = reinterpret_cast<const int8_t*>(call.weights) + weights_before(p, f);
     line.start = call.start + static_cast<int64_t>(f) * Slab::lanes(p);
     line.factor = call.factor;
     line.bias = call.bias;
-    line.fit = 32767 / (2 * largest);
+    line.fit = pairs_that_fit(call.source, call.a.w_bits);
   }
 };
 
@@ -92,11 +110,12 @@ void multiply_band(const Call& call, const Slab& slab, int64_t sample, int64_t f
   const QconvArguments& a = call.a;
   const int d = call.bands.dimension;
   const auto multiply = depthwise_kernel.pick();
-  const bool direct = a.out_dtype == FLOAT32 && a.out_channel == 1;
+  const auto multiply_square = square_kernel.pick();
+  const bool direct = call.direct();
   const int64_t element = a.out_dtype == FLOAT32 ? 4 : 2, step = p.result_step[2] * a.out_step[2];
   for (size_t f = 0; f < p.phases.size(); ++f) {
     const Phase& phase = p.phases[f];
-    DepthwiseLines line = works[f].line;
+    SquareLines line = works[f].line;
     if (line.pixels <= 0) continue;
     const int64_t end[2] = {d == 0 ? std::min(last, phase.count[0]) : phase.count[0],
                             d == 1 ? std::min(last, phase.count[1]) : phase.count[1]};
@@ -109,7 +128,7 @@ void multiply_band(const Call& call, const Slab& slab, int64_t sample, int64_t f
         uint8_t* out = call.out + place * element;
         line.out = direct ? reinterpret_cast<float*>(out) : scratch;
         line.pitch = direct ? step : Slab::lanes(p);
-        multiply(line);
+        call.square ? multiply_square(line) : multiply(line);
         if (!direct)
           write_line(scratch, line.pixels, line.pitch, line.channels, static_cast<Dtype>(a.out_dtype), out, step,
                      a.out_channel);
@@ -127,9 +146,12 @@ bool multiply_all(const Call& call) {
   std::atomic<bool> odd{false};
   parallel_for(p.batch * count, 1 + GRAIN / (band_products + 1), static_cast<int>(call.a.threads),
                [&](int64_t begin, int64_t end) {
-    Slab slab(p, call.source, bands.rows(bands.steps));
-    const Buffer<float> scratch = new_buffer<float>(p.result[2] * lanes), factor = new_buffer<float>(lanes);
+    Slab slab(p, call.source, bands.rows(bands.steps), call.square);
+    Buffer<float> scratch, factor;
+    if (!call.direct()) scratch = new_buffer<float>(p.result[2] * lanes);
+    if (call.sample_factor) factor = new_buffer<float>(lanes);
     std::vector<PhaseWork> works;
+    works.reserve(p.phases.size());
     for (size_t f = 0; f < p.phases.size(); ++f) works.emplace_back(call, f);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / count, first = unit % count * bands.steps;
@@ -199,15 +221,16 @@ BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* 
   const int64_t lanes = Slab::lanes(p), channels = p.groups * p.result_channels;
   const int64_t all = static_cast<int64_t>(p.phases.size()) * lanes;
   const Buffer<int32_t> start = new_buffer<int32_t>(all);
-  for (int64_t i = 0; i < all; ++i) start[i] = -sums[i] * source.zero();
-  const Buffer<float> factors = new_buffer<float>(lanes), biases = new_buffer<float>(bias ? lanes : 0);
-  for (int64_t i = 0; i < lanes; ++i) {
-    factors[i] = i >= channels || !factor ? 0.0f : scale ? factor[i] * *scale : factor[i];
-    if (bias) biases[i] = i < channels ? bias[i] : 0.0f;
-  }
+  const int zero = source.zero();
+  for (int64_t i = 0; i < all; ++i) start[i] = -sums[i] * zero;
+  const Buffer<float> floats = new_buffer<float>(2 * lanes);
+  float *factors = floats.get(), *biases = factors + lanes;
+  std::fill_n(factors, 2 * lanes, 0.0f);
+  for (int64_t i = 0; factor && i < channels; ++i) factors[i] = factor[i] * source.scale;
+  if (bias) std::copy_n(bias, channels, biases);
   const Bands bands(p, static_cast<int>(a->threads));
-  const Call call{*a, p, source, bands, weights, start.get(), factors.get(), bias ? biases.get() : nullptr, sample_factor,
-                  static_cast<uint8_t*>(out)};
+  const Call call{*a, p, source, bands, weights, start.get(), factors, bias ? biases : nullptr, sample_factor,
+                  static_cast<uint8_t*>(out), is_square(p, source, a->w_bits)};
   return multiply_all(call) || (poison && std::isnan(*poison));
 }
 

@@ -5,6 +5,7 @@
 
 #include "bits/bits.h"
 #include "depthwise/depthwise.h"
+#include "square/square.h"
 
 namespace bitorch_engine {
 
@@ -14,15 +15,25 @@ int64_t Slab::lanes(const Product& p) {
 
 int64_t Slab::pixel_bytes(const Product& p) { return p.image_channels * lanes(p); }
 
-int64_t Slab::row_pixels(const Product& p) { return dimension(p) == 0 ? p.padded[1] * p.padded[2] : p.padded[2]; }
+int64_t Slab::row_pixels(const Product& p) { return (dimension(p) == 0 ? p.padded[1] : 1) * line_pixels(p); }
 
-Slab::Slab(const Product& product, const Source& source, int64_t most) : p_(product), source_(source) {
+Slab::Slab(const Product& product, const Source& source, int64_t most, bool square)
+    : p_(product),
+      source_(source),
+      square_(square),
+      direct_(product.image_channels == 1 && product.result_channels == 1),
+      floats_(square && direct_ && source.kind == SourceKind::FLOATS && source.dtype == FLOAT32 && source.channel == 1 &&
+              source.bits > 1) {
   const int64_t size = most * row_pixels(p_) * pixel_bytes(p_);
   bytes_ = new_buffer<uint8_t>(size + MARGIN);
   // Where lanes fill up a block, nothing writes them; all else is written before it is read.
   const int64_t written = lanes(p_) == p_.groups * p_.result_channels ? size : 0;
   std::memset(bytes_.get() + written, 0, size - written + MARGIN);
+  if (floats_) return;
   line_ = new_buffer<uint8_t>(p_.image[2] * p_.groups * p_.image_channels + 16);
+  if (!square_) return;
+  pixels_ = new_buffer<uint8_t>(line_pixels(p_) * pixel_bytes(p_));
+  std::memset(pixels_.get(), 0, line_pixels(p_) * pixel_bytes(p_));
 }
 
 void Slab::fill(int64_t sample, int64_t first, int64_t count) {
@@ -45,25 +56,35 @@ void Slab::fill(int64_t sample, int64_t first, int64_t count) {
 }
 
 void Slab::fill_line(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
-  const int64_t width = p_.image[2], channels = p_.groups * p_.image_channels, pitch = pixel_bytes(p_);
+  const int64_t pixels = line_pixels(p_);
   if (z < 0 || z >= p_.image[0] || y < 0 || y >= p_.image[1]) {
-    std::memset(to, source_.zero(), p_.padded[2] * pitch);
-    return;
+    std::memset(to, source_.zero(), pixels * pixel_bytes(p_));
+  } else if (floats_) {
+    const float* x = static_cast<const float*>(source_.x) + sample * source_.sample + y * source_.step[1];
+    const FloatLine line{x, p_.image[2], source_.step[2], p_.groups, p_.before[2], pixels};
+    odd_ |= quantize_pairs_kernel.pick()(line, source_.rule(), to);
+  } else if (square_) {
+    fill_pixels(sample, z, y, pixels_.get());
+    pair_pixels_kernel.pick()(pixels_.get(), pixels, lanes(p_), to);
+  } else {
+    fill_pixels(sample, z, y, to);
   }
+}
+
+void Slab::fill_pixels(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
+  const int64_t width = p_.image[2], channels = p_.groups * p_.image_channels, pitch = pixel_bytes(p_);
   const int64_t head = p_.before[2] * pitch;
   std::memset(to, source_.zero(), head);
   to += head;
-  const bool direct = p_.image_channels == 1 && p_.result_channels == 1;
   // Where lanes are the channels and none fills up, lines of pixels have no gaps.
-  const int64_t stride = direct ? pitch : channels;
-  uint8_t* line = direct ? to : line_.get();
+  const int64_t stride = direct_ ? pitch : channels;
+  uint8_t* line = direct_ ? to : line_.get();
   const int64_t start = ((sample * p_.image[0] + z) * p_.image[1] + y) * width;  // in pixels of a dense tensor
   if (source_.kind == SourceKind::FLOATS) {
-    const ActivationRule rule{1.0f / source_.scale, source_.low, source_.bits, source_.bits == 1 ? 2 : 1};
     const int64_t offset = sample * source_.sample + z * source_.step[0] + y * source_.step[1];
     const uint8_t* from = static_cast<const uint8_t*>(source_.x) + offset * (source_.dtype == FLOAT32 ? 4 : 2);
     odd_ |= quantize_activation_kernel.pick()(from, source_.dtype, source_.step[2], source_.channel, width, channels,
-                                              rule, line, stride, nullptr);
+                                              source_.rule(), line, stride, nullptr);
   } else {
     const bool gradient = source_.kind == SourceKind::GRADIENT;
     const uint8_t* stream = static_cast<const uint8_t*>(source_.x);
@@ -78,7 +99,7 @@ void Slab::fill_line(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
     if (dense != line)
       for (int64_t x = 0; x < width; ++x) std::memcpy(line + x * stride, dense + x * channels, channels);
   }
-  if (!direct)
+  if (!direct_)
     for (int64_t x = 0; x < width; ++x) spread(line + x * channels, to + x * pitch);
   std::memset(to + width * pitch, source_.zero(), (p_.padded[2] - p_.before[2] - width) * pitch);
 }

@@ -84,75 +84,6 @@ void few(Block b, int64_t pixels, float* out, int64_t pitch) {
   }
 }
 
-// Whether the products are three rows of three taps beside each other, whose distance is that of results.
-inline bool is_square(const DepthwiseLines& l) {
-  const int64_t* o = l.offsets;
-  bool yes = l.pairs == 5 && o[9] == o[8];  // the last of nine is its own partner, whose weights are 0
-  for (int64_t k = 0; yes && k < 9; k += 3) yes = o[k + 1] - o[k] == l.step && o[k + 2] - o[k] == 2 * l.step;
-  return yes;
-}
-
-// Of pairs of taps (0, 1), (2, 3), ..., 16 bits each, those of a row that begins with tap `first` as `square` takes them.
-inline void weights_of_row(const int8_t* pairs, int64_t first, int half, __m256i* row) {
-  const __m256i a = load(pairs + first / 2 * 64 + half * 32), b = load(pairs + (first / 2 + 1) * 64 + half * 32);
-  const __m256i across = _mm256_or_si256(_mm256_srli_epi16(a, 8), _mm256_slli_epi16(b, 8));
-  if (first % 2 == 0) {  // (0, 1), (2, .)
-    row[0] = a;
-    row[1] = _mm256_and_si256(b, _mm256_set1_epi16(0xff));
-    row[2] = _mm256_slli_epi16(a, 8);
-    row[3] = across;
-  } else {  // (., 0), (1, 2)
-    row[0] = across;
-    row[1] = _mm256_srli_epi16(b, 8);
-    row[2] = _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
-    row[3] = b;
-  }
-}
-
-// As `few`, where `is_square`. Image pixels x and x + 1, interleaved, serve four results: x - 2 as (tap 2, none), x - 1 as
-// (tap 1, tap 2), x as (tap 0, tap 1) and x + 1 as (none, tap 0). So a pixel is read and interleaved once a row, not thrice.
-template <bool BIAS>
-void square(Block b, const DepthwiseLines& lines, float* out) {
-  __m256i weights[2][3][4];
-  for (int i = 0; i < 3; ++i)
-    for (int half = 0; half < 2; ++half) weights_of_row(b.weights, 3 * i, half, weights[half][i]);
-  const __m256i first = start_of(b, 0), second = start_of(b, 8);
-  for (int64_t y = 0; y < lines.lines; ++y, b.base += lines.line_step, out += lines.line_pitch) {
-    const uint8_t* rows[3];
-    __m256i lower[3], upper[3];
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      rows[i] = b.base + b.offsets[3 * i];
-      const __m256i c = load(rows[i]), d = load(rows[i] + b.step);
-      lower[i] = _mm256_unpacklo_epi8(c, d);
-      upper[i] = _mm256_unpackhi_epi8(c, d);
-    }
-    for (int64_t x = 0; x < lines.pixels; x += 2) {
-      // Of an odd number, the last one has no next one, and nothing is read for it.
-      const int64_t near = (x + 2) * b.step, far = x + 1 < lines.pixels ? near + b.step : near;
-      __m256i p = first, q = second, r = first, s = second;
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
-        const __m256i *w = weights[0][i], *v = weights[1][i];
-        p = _mm256_add_epi16(p, _mm256_maddubs_epi16(lower[i], w[0]));
-        q = _mm256_add_epi16(q, _mm256_maddubs_epi16(upper[i], v[0]));
-        r = _mm256_add_epi16(r, _mm256_maddubs_epi16(lower[i], w[2]));
-        s = _mm256_add_epi16(s, _mm256_maddubs_epi16(upper[i], v[2]));
-        const __m256i c = in_register(load(rows[i] + near)), d = in_register(load(rows[i] + far));
-        lower[i] = _mm256_unpacklo_epi8(c, d);
-        upper[i] = _mm256_unpackhi_epi8(c, d);
-        p = _mm256_add_epi16(p, _mm256_maddubs_epi16(lower[i], w[1]));
-        q = _mm256_add_epi16(q, _mm256_maddubs_epi16(upper[i], v[1]));
-        r = _mm256_add_epi16(r, _mm256_maddubs_epi16(lower[i], w[3]));
-        s = _mm256_add_epi16(s, _mm256_maddubs_epi16(upper[i], v[3]));
-        asm volatile("" : "+x"(p), "+x"(q), "+x"(r), "+x"(s)::"memory");  // no loads for later steps yet
-      }
-      store_totals<BIAS>(b, p, q, out + x * lines.pitch);
-      if (x + 1 < lines.pixels) store_totals<BIAS>(b, r, s, out + (x + 1) * lines.pitch);
-    }
-  }
-}
-
 // Any number of products: `fit` pairs are added in 16 bits before they are widened.
 void many(Block b, int64_t pixels, float* out, int64_t pitch) {
   for (int64_t x = 0; x < pixels; ++x, b.base += b.step, out += pitch) {
@@ -258,19 +189,14 @@ constexpr BlockFunction FEW[5][2] = {{few<1, false>, few<1, true>},
 }  // namespace
 
 void depthwise_avx2(const DepthwiseLines& l) {
-  const bool all_fit = 0 < l.pairs && l.pairs <= l.fit && l.pairs <= 5, squares = all_fit && is_square(l);
+  const bool all_fit = 0 < l.pairs && l.pairs <= l.fit && l.pairs <= 5;
   const BlockFunction function = l.fit == 0 ? wide : all_fit ? FEW[l.pairs - 1][l.bias != nullptr] : many;
   for (int64_t lane = 0; lane < l.channels; lane += LANE_BLOCK) {
     Block block{l.base + lane,  l.offsets,        l.pairs,       l.step, l.fit, l.weights + 2 * lane * l.pairs,
                 l.start + lane, l.factor + lane, l.bias ? l.bias + lane : nullptr};
-    const bool whole = l.channels - lane >= LANE_BLOCK;
-    if (whole && squares) {
-      l.bias ? square<true>(block, l, l.out + lane) : square<false>(block, l, l.out + lane);
-      continue;
-    }
     float* out = l.out + lane;
     for (int64_t y = 0; y < l.lines; ++y, block.base += l.line_step, out += l.line_pitch) {
-      if (whole) {
+      if (l.channels - lane >= LANE_BLOCK) {
         function(block, l.pixels, out, l.pitch);
         continue;
       }

@@ -1,6 +1,7 @@
 #include "qconv/product.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace bitorch_engine {
 namespace {
@@ -16,8 +17,11 @@ struct Line {
 std::vector<Line> lines(int64_t kernel, int64_t stride, int64_t dilation, int64_t pad, int64_t results, bool scatter) {
   if (!scatter) {
     Line line{{}, 0, results};
+    line.taps.reserve(kernel);
     for (int64_t k = 0; k < kernel; ++k) line.taps.push_back({k, k * dilation - pad});
-    return {line};
+    std::vector<Line> all;
+    all.push_back(std::move(line));
+    return all;
   }
   // Position y of the input meets position p of the output through tap k where y + pad = p * stride + k * dilation.
   std::vector<Line> all;
@@ -27,7 +31,7 @@ std::vector<Line> lines(int64_t kernel, int64_t stride, int64_t dilation, int64_
       const int64_t reach = first + pad - k * dilation;
       if (reach % stride == 0) line.taps.push_back({k, reach / stride});
     }
-    all.push_back(line);
+    all.push_back(std::move(line));
   }
   return all;
 }
@@ -57,12 +61,14 @@ Product::Product(const Geometry& g, bool scatter, bool rows_are_results)
     padded[d] = before[d] + highest + 1;
   }
   int64_t start = 0, first_tap = 0;
+  phases.reserve(by_dimension[0].size() * by_dimension[1].size() * by_dimension[2].size());
   for (const Line& z : by_dimension[0])
     for (const Line& y : by_dimension[1])
       for (const Line& x : by_dimension[2]) {
         const auto count = [](const Line& line) { return static_cast<int64_t>(line.taps.size()); };
         Phase phase{{}, {count(z), count(y), count(x)}, {z.first, y.first, x.first}, {z.count, y.count, x.count}, 0,
                     start, first_tap};
+        phase.taps.reserve(count(z) * count(y) * count(x));
         for (const auto& a : z.taps)
           for (const auto& b : y.taps)
             for (const auto& c : x.taps)
@@ -71,7 +77,7 @@ Product::Product(const Geometry& g, bool scatter, bool rows_are_results)
         phase.depth = round_up(static_cast<int64_t>(phase.taps.size()) * image_depth, DEPTH);
         start += groups * blocks() * BLOCK * phase.depth;
         first_tap += static_cast<int64_t>(phase.taps.size());
-        phases.push_back(phase);
+        phases.push_back(std::move(phase));
       }
 }
 

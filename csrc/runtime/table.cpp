@@ -8,6 +8,7 @@
 #include "linear/linear.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
+#include "square/square.h"
 #include "update/update.h"
 
 namespace bitorch_engine {
@@ -29,6 +30,9 @@ const Row kernels[] = {
     round_kernel.row(),
     straight_through_kernel.row(),
     depthwise_kernel.row(),
+    square_kernel.row(),
+    pair_pixels_kernel.row(),
+    quantize_pairs_kernel.row(),
     depthwise_gradient_kernel.row(),
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),

@@ -17,6 +17,7 @@ int main() {
   check_linear(agreement);
   check_qconv(agreement);
   check_quantize(agreement);
+  check_square(agreement);
   check_update(agreement);
   bool all = true;
   for (int kernel = 0; kernel < be_kernel_count(); ++kernel) {

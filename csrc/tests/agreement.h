@@ -123,6 +123,7 @@ void check_gradient(Agreement&);
 void check_linear(Agreement&);
 void check_qconv(Agreement&);
 void check_quantize(Agreement&);
+void check_square(Agreement&);
 void check_update(Agreement&);
 
 }  // namespace bitorch_engine

@@ -1,5 +1,6 @@
 """The integer convolution engine, on every instruction set, computes exactly what torch.nn.functional computes."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,6 +72,14 @@ CASES = {
     "groups-of-64": Case((1, 128, 6, 6), (64, 64, 3, 3), padding=(1,), groups=2),
     "depthwise": Case((2, 19, 7, 6), (19, 1, 3, 3), stride=(2,), padding=(1,), groups=19),
     "depthwise-5x5-in-bands": Case((1, 70, 40, 33), (70, 1, 5, 5), padding=(2,), groups=70),
+    "square": Case((2, 70, 13, 14), (70, 1, 3, 3), padding=(1,), groups=70),
+    "square-in-bands": Case((2, 96, 45, 33), (96, 1, 3, 3), padding=(1,), groups=96),
+    "square-strided": Case((2, 50, 9, 8), (50, 1, 3, 3), stride=(2,), padding=(1,), groups=50),
+    "square-without-padding": Case((1, 33, 5, 37), (33, 1, 3, 3), stride=(2, 1), groups=33),
+    "square-with-padding-that-differs": Case((1, 32, 6, 7), (32, 1, 3, 3), stride=(2,), groups=32, pad=(0, 1, 2, 0)),
+    "square-of-lines-far-apart": Case((1, 17, 9, 6), (17, 1, 3, 3), padding=(2, 1), dilation=(2, 1), groups=17),
+    "square-with-several-results": Case((2, 24, 6, 5), (48, 1, 3, 3), padding=(1,), groups=24),
+    "square-transposed": Case((1, 40, 5, 6), (40, 1, 3, 3), padding=(1,), transposed=True, groups=40),
     "depthwise-dilated": Case((2, 64, 9, 8), (64, 1, 3, 3), padding=(2,), dilation=(2,), groups=64),
     "depthwise-with-several-results": Case((2, 9, 8, 7), (27, 1, 3, 2), stride=(2, 1), groups=9),
     "pairs-of-channels": Case((1, 66, 6, 5), (66, 2, 3, 3), padding=(1,), groups=33),
@@ -261,6 +270,33 @@ def test_the_largest_products_neither_saturate_nor_overflow(isa: str, case: Case
             assert torch.equal(found, expected_grad_input(o, grad, ones))
 
 
+@each_isa
+@pytest.mark.parametrize("low", [0, -128])
+def test_the_largest_sums_of_a_square_fit(isa: str, low: int) -> None:
+    case = CASES["square"]
+    with cpu.cap_isa(isa):
+        for index, weight_index in itertools.product((0, 255), (0, 15)):
+            full = torch.full(case.shape, index, dtype=torch.uint8)
+            o = with_integers(case, 8, 4, full, low, torch.full(case.weight, weight_index, dtype=torch.uint8))
+            x = (o.codes * o.scale).float().contiguous(memory_format=torch.channels_last)
+            assert torch.equal(run_floats(o, x), o.expected())
+
+
+@each_isa
+@pytest.mark.parametrize("a_bit", [2, 5, 8])
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_far_beyond_the_range_have_the_last_codes(isa: str, a_bit: int, signed: bool) -> None:
+    o = operands(CASES["square"], a_bit, signed=signed)
+    x = (o.codes * o.scale).float()
+    far = torch.tensor([-3e38, -1e30, -2e9, -4e4, -3e4, 3e4, 4e4, 2e9, 1e30, 3e38])
+    x[0, ::7, 2, 3] = far
+    index = o.index.clone()
+    index[0, ::7, 2, 3] = torch.where(far > 0, (1 << a_bit) - 1, 0).to(torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with cpu.cap_isa(isa):
+        assert torch.equal(run_floats(o, x), o._replace(index=index).expected())
+
+
 def test_sums_that_32_bits_do_not_hold_go_to_the_reference() -> None:
     case = Case((1, 70_000, 1), (2, 70_000, 1))
     full = torch.full(case.shape, 255, dtype=torch.uint8)
@@ -270,7 +306,9 @@ def test_sums_that_32_bits_do_not_hold_go_to_the_reference() -> None:
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["3x3", "odd-channels", "1d", "groups", "transposed-3d", "linear", "depthwise"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "odd-channels", "1d", "groups", "transposed-3d", "linear", "depthwise", "square"]
+)
 def test_results_have_the_dtype_and_memory_order_of_the_input(isa: str, dtype: torch.dtype, name: str) -> None:
     o = operands(CASES[name])
     bias = torch.randn(o.case.out_channels)
@@ -299,7 +337,7 @@ def test_scales_of_a_layer_that_was_cast_go_to_the_reference() -> None:
 @each_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["odd-channels", "depthwise-5x5-in-bands"])
+@pytest.mark.parametrize("name", ["odd-channels", "depthwise-5x5-in-bands", "square"])
 def test_an_activation_that_is_not_finite_poisons_the_result(
     isa: str, bad: float, dtype: torch.dtype, name: str
 ) -> None:
@@ -326,7 +364,9 @@ def test_denormals_and_zeros_of_both_signs_are_like_any_value(isa: str) -> None:
         assert torch.equal(ops.conv(*arguments), reference.conv(*arguments))
 
 
-@pytest.mark.parametrize("name", ["3x3", "1x1", "groups", "transposed", "linear", "depthwise-5x5-in-bands"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "1x1", "groups", "transposed", "linear", "depthwise-5x5-in-bands", "square-in-bands"]
+)
 def test_results_are_the_same_with_any_number_of_threads(name: str) -> None:
     o = operands(CASES[name])
     x = torch.randn(o.case.shape)
