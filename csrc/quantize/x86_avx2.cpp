@@ -23,13 +23,13 @@ __m256 load(const void* x, int64_t i) {
 }
 
 // What has to be done again by the scalar kernel: infinities and NaN make `odd` NaN, or, where values are rounded before
-// they are clamped, they and numbers beyond 32 bits make `least` the least integer.
+// they are clamped, they, numbers beyond 32 bits, and codes below those of 16 make `least` the least integer.
 struct Odd {
   __m256 odd = _mm256_setzero_ps();
-  __m256i least = _mm256_setzero_si256();
+  __m256i least = _mm256_setzero_si256();  // 16 bits each
 
   bool any() const {
-    const __m256i lowest = _mm256_cmpeq_epi32(least, _mm256_set1_epi32(INT32_MIN));
+    const __m256i lowest = _mm256_cmpeq_epi16(least, _mm256_set1_epi16(INT16_MIN));
     return _mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0 || _mm256_movemask_epi8(lowest) != 0;
   }
 };
@@ -37,11 +37,7 @@ struct Odd {
 template <bool sign, bool with_beyond>
 __m256i quantize(__m256 x, const Rule& rule, Odd& seen, __m256i& beyond) {
   const __m256 ratio = _mm256_mul_ps(x, rule.inverse);
-  if (!sign && !with_beyond) {  // bytes_of clamps
-    const __m256i code = _mm256_cvtps_epi32(ratio);
-    seen.least = _mm256_min_epi32(seen.least, code);
-    return code;
-  }
+  if (!sign && !with_beyond) return _mm256_cvtps_epi32(ratio);  // bytes_of clamps
   seen.odd = _mm256_fmadd_ps(ratio, _mm256_setzero_ps(), seen.odd);
   if (sign) {
     const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), ratio);
@@ -65,9 +61,10 @@ __m256i in_order(__m256i packed) {
 
 // Packing saturates, so that what is below the lowest code has the index 0, and what is above all has 255 or less.
 template <bool sign>
-__m256i bytes_of(const __m256i (&code)[4], const Rule& rule) {
+__m256i bytes_of(const __m256i (&code)[4], const Rule& rule, Odd& seen) {
   const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
   if (sign) return _mm256_and_si256(in_order(_mm256_packs_epi16(low, high)), rule.step);
+  seen.least = _mm256_min_epi16(seen.least, _mm256_min_epi16(low, high));
   const __m256i index = _mm256_packus_epi16(_mm256_adds_epi16(low, rule.zero), _mm256_adds_epi16(high, rule.zero));
   return in_order(_mm256_min_epu8(index, rule.largest));
 }
@@ -81,7 +78,7 @@ bool quantize_blocks(const void* x, int64_t start, int64_t count, const Rule& ru
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
       code[j] = quantize<sign, with_beyond>(load<dtype>(x, start + i + 8 * j), rule, odd, outside[j]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes_of<sign>(code, rule));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes_of<sign>(code, rule, odd));
     if (with_beyond) {
       const __m256i low = _mm256_packs_epi32(outside[0], outside[1]), high = _mm256_packs_epi32(outside[2], outside[3]);
       const __m256i mask = in_order(_mm256_packs_epi16(low, high));
