@@ -14,23 +14,23 @@ const Kernel<WidenFunction> widen_kernel{
 
 namespace {
 
-// What one result pixel reads, (taps, channels); 0 in the padding.
+// What one result pixel reads, (taps, channels); 0 in the padding. copy(values, count, out) makes floats of values.
+template <class Value, class Copy>
 struct Columns {
   const Geometry& g;
-  const uint8_t* values;
-  int zero;
-  WidenFunction widen = widen_kernel.pick();
+  const Value* values;
+  Copy copy;
 
   // A line of taps, of which the first reads at x in the line `line` of the activation.
-  void fill_line(const uint8_t* line, int64_t x, float* out) const {
+  void fill_line(const Value* line, int64_t x, float* out) const {
     const int64_t channels = g.in_channels, taps = g.kernel[2], dilation = g.dilation[2];
     // Taps first .. last - 1 are inside.
     const int64_t first = std::min(taps, x >= 0 ? 0 : (-x + dilation - 1) / dilation);
     const int64_t last = std::max(first, x < g.in[2] ? std::min(taps, (g.in[2] - x + dilation - 1) / dilation) : 0);
     std::memset(out, 0, first * channels * sizeof(float));
     std::memset(out + last * channels, 0, (taps - last) * channels * sizeof(float));
-    if (dilation == 1) return widen(line + (x + first) * channels, (last - first) * channels, zero, out + first * channels);
-    for (int64_t t = first; t < last; ++t) widen(line + (x + t * dilation) * channels, channels, zero, out + t * channels);
+    if (dilation == 1) return copy(line + (x + first) * channels, (last - first) * channels, out + first * channels);
+    for (int64_t t = first; t < last; ++t) copy(line + (x + t * dilation) * channels, channels, out + t * channels);
   }
 
   void fill(int64_t pixel, float* out) const {
@@ -51,6 +51,16 @@ struct Columns {
   }
 };
 
+template <class Value, class Copy>
+void fill_columns(const Geometry& geometry, const Value* values, const Copy& copy, int64_t first, int64_t count, float* out,
+                  int threads) {
+  const Columns<Value, Copy> columns{geometry, values, copy};
+  const int64_t row = geometry.taps() * geometry.in_channels;
+  parallel_for(count, 1 + (1 << 14) / (row + 1), threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) columns.fill(first + i, out + i * row);
+  });
+}
+
 }  // namespace
 }  // namespace bitorch_engine
 
@@ -60,11 +70,16 @@ using namespace bitorch_engine;
 // out: (count, taps, channels), values - zero, for result pixels first .. first + count - 1 of all samples.
 BE_EXPORT void be_columns(const Geometry* geometry, const uint8_t* values, int zero, int64_t first, int64_t count,
                           float* out, int threads) {
-  const Columns columns{*geometry, values, zero};
-  const int64_t row = geometry->taps() * geometry->in_channels;
-  parallel_for(count, 1 + (1 << 14) / (row + 1), threads, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) columns.fill(first + i, out + i * row);
-  });
+  const WidenFunction widen = widen_kernel.pick();
+  const auto copy = [=](const uint8_t* from, int64_t length, float* to) { widen(from, length, zero, to); };
+  fill_columns(*geometry, values, copy, first, count, out, threads);
+}
+
+// The same of floats.
+BE_EXPORT void be_float_columns(const Geometry* geometry, const float* values, int64_t first, int64_t count, float* out,
+                                int threads) {
+  const auto copy = [](const float* from, int64_t length, float* to) { std::memcpy(to, from, length * sizeof(float)); };
+  fill_columns(*geometry, values, copy, first, count, out, threads);
 }
 
 // out: (rows, channels, taps), from (rows, taps, channels), times the factor.

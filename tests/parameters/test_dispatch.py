@@ -85,6 +85,25 @@ class TestReads:
         torch.testing.assert_close(*outputs)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight bias"])
+    def test_a_convolution_gives_the_gradients_that_are_wanted(self, wanted: str) -> None:
+        weight = nBitConvParameter(torch.randn(40, 36, 3, 3), w_bit=3)
+        x, bias = torch.randn(2, 36, 6, 7), torch.randn(40)
+        operands = {"x": x, "weight": weight, "bias": bias}
+        for name, operand in operands.items():
+            operand.requires_grad_(name in wanted.split())
+        dense = {name: tensor.detach().double().requires_grad_() for name, tensor in operands.items()}
+        dense["weight"] = weight.dequantize().double().requires_grad_()
+        grad = torch.randn(2, 40, 3, 3)
+        found, exact = (F.conv2d(o["x"], o["weight"], o["bias"], stride=2, padding=1) for o in (operands, dense))
+        found.backward(torch.nn.functional.pad(grad, (0, 1)))
+        exact.backward(torch.nn.functional.pad(grad, (0, 1)).double())
+        for name, operand in operands.items():
+            if operand.requires_grad:
+                torch.testing.assert_close(operand.grad, dense[name].grad.float(), rtol=1e-4, atol=1e-4)
+            else:
+                assert operand.grad is None
+
     def test_gradients_flow_through_any_operator(self) -> None:
         weight = nBitConvParameter(torch.randn(4, 6, 3, 3), w_bit=3)
         dense = weight.dequantize().requires_grad_()

@@ -100,7 +100,7 @@ def _grad_weight(
     if a_bit is None or scale is None or low is None:
         if g_bit is not None:
             grad = _round_gradient(grad, g_bit, 1)
-        return geometry.grad_weight(grad, kept.to(grad.dtype), shape).to(weight.dtype)
+        return ops.float_conv_grad_weight(grad, kept.to(grad.dtype), shape, *geometry).to(weight.dtype)
     rest = (kept, scale, low, a_bit, ctx.shape, shape, *geometry, weight.dtype)
     if g_bit is None:
         return ops.conv_grad_weight_float(grad, *rest, ctx.channels_last)

@@ -1,6 +1,7 @@
-"""The gradient of a packed weight from quantized activations: in integers where the gradient is quantized too."""
+"""The gradient of a packed weight: in integers where activations and gradient are quantized, else in floats."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,10 +20,14 @@ _ARGUMENTS = (POINTER, INT, POINTER, POINTER, FLOAT, INT, POINTER, POINTER, INT)
 _grad_weight = function("be_grad_weight", *_ARGUMENTS)
 _depthwise_grad_weight = function("be_depthwise_grad_weight", *_ARGUMENTS)
 _columns = function("be_columns", POINTER, POINTER, INT, INT64, INT64, POINTER, INT)
+_float_columns = function("be_float_columns", POINTER, POINTER, INT64, INT64, POINTER, INT)
 _taps_last = function("be_taps_last", POINTER, *[INT64] * 3, FLOAT, POINTER, INT)
 
 COLUMNS = 1 << 18
 """Floats of a matrix of columns at a time, at most; one result pixel's are the least. They should stay in the cache."""
+
+_FEWEST_CHANNELS = 32
+"""Of input and of output: with fewer, columns are not faster."""
 
 
 def conv_grad_weight(
@@ -76,31 +81,49 @@ def conv_grad_weight_float(
 ) -> Tensor:
     *fields, dtype, channels_last = rest
     c = Convolution(*fields)
-    if not (grad.dtype is torch.float32 and _goes_by_columns(c, [*shape, *grad.shape, *weight_shape])):
+    if not (grad.dtype is torch.float32 and _goes_by_columns(c, shape, weight_shape)):
         values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
         return c.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
     check_packed(codes, prod(shape), a_bit)
-    place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
-    rows = grad.movedim(1, -1).reshape(-1, weight_shape[0])  # (result pixels, C_out)
     values = codes.contiguous() if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
+    place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
+    fill = partial(_columns, place.address, values.data_ptr(), 1 if a_bit == 1 else int(-low))
+    return _sum_columns(grad, fill, float(scale), weight_shape).to(dtype)
+
+
+def float_conv_grad_weight(grad: Tensor, x: Tensor, weight_shape: Sequence[int], *fields: Any) -> Tensor:
+    c = Convolution(*fields)
+    floats = grad.dtype is x.dtype is torch.float32
+    if not (floats and _goes_by_columns(c, x.shape, weight_shape)):
+        return c.grad_weight(grad, x, weight_shape).contiguous()
+    values = x.movedim(1, -1).contiguous()
+    place = geometry(x.shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
+    return _sum_columns(grad, partial(_float_columns, place.address, values.data_ptr()), 1.0, weight_shape)
+
+
+def _sum_columns(grad: Tensor, fill: Callable[..., None], scale: float, weight_shape: Sequence[int]) -> Tensor:
+    """``scale`` times the product of gradient and columns. fill(first, count, out, threads): those of result pixels."""
+    rows = grad.movedim(1, -1).reshape(-1, weight_shape[0])  # (result pixels, C_out)
     length = prod(weight_shape[1:])
     step = min(rows.shape[0], max(1, COLUMNS // length))
     columns = torch.empty(step, length)
     total, out = torch.empty(weight_shape[0], length), torch.empty(list(weight_shape))
     for first in range(0, rows.shape[0], step):
         some = rows[first : first + step]
-        zero = 1 if a_bit == 1 else int(-low)
-        _columns(place.address, values.data_ptr(), zero, first, len(some), columns.data_ptr(), threads())
+        fill(first, len(some), columns.data_ptr(), threads())
         total.addmm_(some.T, columns[: len(some)], beta=int(first > 0))
     sizes = weight_shape[0], length // weight_shape[1], weight_shape[1]
-    _taps_last(total.data_ptr(), *sizes, float(scale), out.data_ptr(), threads())
-    return out.to(dtype)
+    _taps_last(total.data_ptr(), *sizes, scale, out.data_ptr(), threads())
+    return out
 
 
-def _goes_by_columns(c: Convolution, lengths: Sequence[int]) -> bool:
-    """Whether torch's matrix product is faster than its convolution's gradient. With AVX-512 they were not compared."""
+def _goes_by_columns(c: Convolution, shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
+    """Whether torch's matrix product is faster than its convolution's gradient. With AVX-512 they were not compared.
+
+    shape: (N, C, *spatial).
+    """
     plain = len(c.stride) in (1, 2, 3) and not c.transposed and c.groups == 1
-    return plain and min(lengths) > 0 and current_isa() == "avx2"
+    return plain and current_isa() == "avx2" and shape[0] > 0 and min(weight_shape[:2]) >= _FEWEST_CHANNELS
 
 
 def _bytes(codes: Tensor, bits: int, count: int) -> Tensor:

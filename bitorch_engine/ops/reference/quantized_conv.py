@@ -296,3 +296,35 @@ def conv_grad_weight_float_fake(
     channels_last: bool,
 ) -> Tensor:
     return grad.new_empty(weight_shape, dtype=dtype)
+
+
+def float_conv_grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    pad: Sequence[int],
+) -> Tensor:
+    """The gradient of a weight of ``weight_shape`` from a float gradient and a float input, (N, C, *spatial)."""
+    geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups, pad)
+    return geometry.grad_weight(grad, x, weight_shape).contiguous()
+
+
+def float_conv_grad_weight_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    pad: Sequence[int],
+) -> Tensor:
+    return grad.new_empty(weight_shape)
