@@ -31,6 +31,7 @@ STEP_GOALS = (
     Goal("training step w1a1", "w1a1", "fp32", 1.2, 1.5),
     Goal("training step w4a8g8", "w4a8g8", "bf16", 1.0, 1.5),
     Goal("training step w1a1g8", "w1a1g8", "fp32"),
+    Goal("training step w4", "w4", "fp32"),
 )
 INFERENCE_GOALS = (
     Goal("inference w1a1", "w1a1", "fp32", 6, 9),
@@ -64,7 +65,7 @@ def _images(batch: int) -> torch.Tensor:
 
 def _steps(batch: int) -> dict[str, Function]:
     x, y = _images(batch), torch.randint(1000, (batch,))
-    widths = {"w4a8": (4, 8, None), "w4a8g8": (4, 8, 8), "w1a1": (1, 1, None), "w1a1g8": (1, 1, 8)}
+    widths = {"w4a8": (4, 8, None), "w4a8g8": (4, 8, 8), "w1a1": (1, 1, None), "w1a1g8": (1, 1, 8), "w4": (4,)}
     steps = {name: _step(network(*bits), x, y) for name, bits in widths.items()}
     steps["fp32: torch, fused AdamW"] = _step(network(None), x, y)
     steps["bf16: torch autocast, fused AdamW"] = _step(network(None), x, y, autocast=True)
