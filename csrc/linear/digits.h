@@ -45,17 +45,17 @@ inline int64_t group_columns(int64_t left, int64_t vector) {
   return left < GROUP ? (left + vector - 1) / vector * vector : GROUP;
 }
 
-// The digits of a group in the order of its vectors, and their corrections. Returns where the next group's begin, or null
+// The digits of a piece in the order of its vectors, and their corrections. Returns where the next piece's begin, or null
 // where a lane is too short for the sum, which is the largest where all digits are -128 and all weights the lowest.
 template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
-int8_t* put_digits(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int8_t* out, uint8_t* corrections) {
+int8_t* put_piece(const int8_t (&digits)[DIGITS][GROUP], int64_t first, int64_t count, int8_t* out, uint8_t* corrections) {
   typedef Lane Vector __attribute__((vector_size(WIDTH)));
   constexpr int LANES = WIDTH / sizeof(Lane), TOP = 8 * sizeof(Lane) - 8;
   const int8_t* placed = out;
   for (int64_t byte = 0; byte < count / PER_BYTE; byte += WIDTH)
     for (int64_t j = 0; j < PER_BYTE; ++j)
       for (int d = 0; d < DIGITS; ++d, out += WIDTH)
-        for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][(byte + i) * PER_BYTE + j];
+        for (int64_t i = 0; i < WIDTH; ++i) out[i] = digits[d][first + (byte + i) * PER_BYTE + j];
   // Every lane is corrected by itself: what cancels must do so before it is rounded.
   Vector sums[DIGITS] = {};
   while (placed < out)
@@ -72,21 +72,31 @@ int8_t* put_digits(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int8_t*
       sums[d][i] = static_cast<Lane>(correction);
       fits &= sums[d][i] == correction;
     }
-    std::memcpy(corrections + d * WIDEST, &sums[d], WIDTH);
+    std::memcpy(corrections + d * WIDTH, &sums[d], WIDTH);
   }
   return fits ? out : nullptr;
+}
+
+// Those of a group, whose first piece puts its own to `out` and `corrections`; both go on to the next group's.
+template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
+void put_group(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int64_t piece, int8_t*& out, uint8_t*& corrections) {
+  for (int64_t first = 0; first < count && out; first += piece, corrections += DIGITS * WIDTH) {
+    const int64_t some = count - first < piece ? count - first : piece;
+    out = put_piece<Lane, WIDTH, PER_BYTE>(digits, first, some, out, corrections);
+  }
 }
 
 template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
 bool split_floats_of(const float* x, const Digits& to) {
   constexpr int32_t LARGEST = 0x7f7f7f >> 8 * (3 - DIGITS);
+  const int64_t piece = piece_columns(to.group, 8 / PER_BYTE, WIDTH);
   int8_t* out = to.digits;
   uint8_t* corrections = to.corrections;
   float* scales = to.scales;
   float padded[GROUP];
   int32_t q[GROUP];
   alignas(64) int8_t digits[DIGITS][GROUP];
-  for (int64_t first = 0; first < to.columns && out; first += GROUP, corrections += 3 * WIDEST, scales += 3) {
+  for (int64_t first = 0; first < to.columns && out; first += GROUP, scales += DIGITS) {
     const float* values = x + first;
     const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
     if (left < count) {
@@ -112,7 +122,7 @@ bool split_floats_of(const float* x, const Digits& to) {
         rest = above;
       }
     }
-    out = put_digits<Lane, WIDTH, PER_BYTE>(digits, count, out, corrections);
+    put_group<Lane, WIDTH, PER_BYTE>(digits, count, piece, out, corrections);
   }
   return out;
 }
@@ -124,7 +134,7 @@ void split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
   uint8_t* corrections = to.corrections;
   float* scales = to.scales;
   alignas(64) int8_t digits[2][GROUP];
-  for (int64_t first = 0; first < to.columns; first += GROUP, corrections += 3 * WIDEST, scales += 3) {
+  for (int64_t first = 0; first < to.columns; first += GROUP, scales += 2) {
     const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
     for (int64_t k = 0; k < count; ++k) {
       const int value = k < left ? bytes[first + k] - zero : 0;
@@ -133,7 +143,7 @@ void split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
     }
     scales[0] = 1;
     scales[1] = 2;
-    out = put_digits<Lane, WIDTH, PER_BYTE>(digits, count, out, corrections);
+    put_group<Lane, WIDTH, PER_BYTE>(digits, count, GROUP, out, corrections);
   }
 }
 

@@ -25,39 +25,45 @@ constexpr int64_t WEIGHTS = 1 << 16;  // that a thread takes at least
 // than twice what float32 loses.
 constexpr int64_t FEWEST_COLUMNS = 128;
 
+struct Weights {
+  const uint8_t* packed;  // `channels` rows of `columns` codes, each of whole bytes
+  const float* scale;     // one a group, or a channel
+  const float* bias;      // one a channel, or null
+  int64_t channels, columns;
+  int64_t group;  // columns with one scale, a power of two from 32; 0: all
+  int bits;
+
+  int64_t row_bytes() const { return columns * bits / 8; }
+  const uint8_t* row(int64_t channel) const { return packed + channel * row_bytes(); }
+  const float* scales(int64_t channel) const { return scale + channel * (group ? columns / group : 1); }
+  // sum: of codes, or with groups of weights.
+  void put(float sum, int64_t channel, float* out) const {
+    const float value = group ? sum : sum * scale[channel];
+    out[channel] = bias ? value + bias[channel] : value;
+  }
+};
+
 // Rows of activations as `count` digits, one after the other.
 struct DigitRows {
-  int64_t columns, groups;
+  int64_t columns, group, groups, pieces;
   int count;
   Buffer<int8_t> digits;
   Buffer<uint8_t> corrections;
   Buffer<float> scales;
 
-  DigitRows(int64_t rows, int64_t columns, int count)
-      : columns(columns),
+  DigitRows(int64_t rows, const Weights& weights, int count)
+      : columns(weights.columns),
+        group(weights.group),
         groups((columns + GROUP - 1) / GROUP),
+        pieces(groups * (GROUP / piece_columns(group, 8, WIDEST / 2))),  // of the shortest vectors, at most
         count(count),
         digits(new_buffer<int8_t>(rows * groups * GROUP * count)),
-        corrections(new_buffer<uint8_t>(rows * groups * 3 * WIDEST)),
-        scales(new_buffer<float>(rows * groups * 3)) {}
+        corrections(new_buffer<uint8_t>(rows * pieces * count * WIDEST)),
+        scales(new_buffer<float>(rows * groups * count)) {}
 
   Digits row(int64_t r) const {
-    return {digits.get() + r * groups * GROUP * count, corrections.get() + r * groups * 3 * WIDEST,
-            scales.get() + r * groups * 3, columns, count};
-  }
-};
-
-struct Weights {
-  const uint8_t* packed;       // `channels` rows of `columns` codes, each of whole bytes
-  const float *scale, *bias;   // one a channel; bias: or null
-  int64_t channels, columns;
-  int bits;
-
-  int64_t row_bytes() const { return columns * bits / 8; }
-  const uint8_t* row(int64_t channel) const { return packed + channel * row_bytes(); }
-  void put(float sum, int64_t channel, float* out) const {
-    const float value = sum * scale[channel];
-    out[channel] = bias ? value + bias[channel] : value;
+    return {digits.get() + r * groups * GROUP * count, corrections.get() + r * pieces * count * WIDEST,
+            scales.get() + r * groups * count, columns, group, count};
   }
 };
 
@@ -74,15 +80,18 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
   for (int64_t from = 0; from < part; from += deep) {
     const int64_t count = (parts * std::min(deep, part - from) + CHANNELS - 1) / CHANNELS * CHANNELS;
     const uint8_t* packed[MOST_CHANNELS];
+    const float* scales[MOST_CHANNELS];
     int64_t channel[MOST_CHANNELS];
     for (int64_t i = 0; i < count; ++i) {
       channel[i] = first + i % parts * part + from + i / parts;
       packed[i] = weights.row(std::min(channel[i], last - 1));
+      scales[i] = weights.scales(std::min(channel[i], last - 1));
     }
+    const WeightRows some{packed, weights.group ? scales : nullptr, count, weights.row_bytes(), weights.bits};
     for (int64_t r = 0; r < rows; r += MOST_ROWS) {
-      const int64_t some = std::min(MOST_ROWS, rows - r);
-      dot(packed, count, weights.row_bytes(), weights.bits, x.data() + r, some, sums);
-      for (int64_t k = 0; k < some; ++k)
+      const int64_t some_rows = std::min(MOST_ROWS, rows - r);
+      dot(some, x.data() + r, some_rows, sums);
+      for (int64_t k = 0; k < some_rows; ++k)
         for (int64_t i = 0; i < count; ++i)
           if (channel[i] < last) weights.put(sums[k * count + i], channel[i], out[r + k]);
     }
@@ -93,10 +102,11 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
 // multiplied.
 int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count, float* out, uint8_t* left, int threads) {
   const bool whole = has_whole_values(weights.bits) && weights.columns >= FEWEST_COLUMNS;
-  const DigitRows digits(whole ? rows : 0, weights.columns, count);
+  const DigitRows digits(whole ? rows : 0, weights, count);
   std::vector<Digits> exact;
   std::vector<float*> exact_out;
-  std::vector<int64_t> others;
+  std::vector<const float*> others;
+  std::vector<float*> others_out;
   const auto split = split_digits_kernel.pick();
   for (int64_t r = 0; r < rows; ++r) {
     const bool is_exact = whole && split(x + r * weights.columns, weights.bits, digits.row(r));
@@ -104,17 +114,21 @@ int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count
       exact.push_back(digits.row(r));
       exact_out.push_back(out + r * weights.channels);
     } else {
-      others.push_back(r);
+      others.push_back(x + r * weights.columns);
+      others_out.push_back(out + r * weights.channels);
     }
     if (left) left[r] = !is_exact;
   }
   const auto dot = dot_kernel.pick();
   parallel_for(weights.channels, 1 + WEIGHTS / (weights.columns + 1), threads, [&](int64_t first, int64_t last) {
     if (!exact.empty()) multiply_digits(weights, exact, exact_out, first, last);
-    for (int64_t c = first; c < last && !left; ++c)
-      for (const int64_t r : others) {
-        const float sum = dot(weights.row(c), x + r * weights.columns, weights.columns, weights.bits);
-        weights.put(sum, c, out + r * weights.channels);
+    const int64_t count = left ? 0 : static_cast<int64_t>(others.size());
+    float sums[MOST_ROWS];
+    for (int64_t c = first; c < last; ++c)
+      for (int64_t r = 0; r < count; r += MOST_ROWS) {
+        const int64_t some = std::min(MOST_ROWS, count - r);
+        dot(weights.row(c), weights.columns, weights.bits, weights.scales(c), weights.group, others.data() + r, some, sums);
+        for (int64_t k = 0; k < some; ++k) weights.put(sums[k], c, others_out[r + k]);
       }
   });
   return static_cast<int64_t>(others.size());
@@ -126,18 +140,19 @@ int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count
 using namespace bitorch_engine;
 
 // x: (rows, columns).  packed: `channels` rows of `columns` codes, each of whole bytes.  bias: or null.
+// scale: (channels, columns / group), group a power of two from 32; or with a group of 0 (channels).
 // digits: of an activation, 2 or 3.  out: (rows, channels).
 BE_EXPORT void be_linear(const float* x, int64_t rows, const uint8_t* packed, const float* scale, const float* bias,
-                         int64_t channels, int64_t columns, int bits, int digits, float* out, int threads) {
-  multiply({packed, scale, bias, channels, columns, bits}, x, rows, digits, out, nullptr, threads);
+                         int64_t channels, int64_t columns, int64_t group, int bits, int digits, float* out, int threads) {
+  multiply({packed, scale, bias, channels, columns, group, bits}, x, rows, digits, out, nullptr, threads);
 }
 
-// The same for rows whose activations are digits. left: one byte a row, 1 for those that are not, which out is left without.
-// Returns how many these are.
+// The same, with one scale a channel, for rows whose activations are digits. left: one byte a row, 1 for those that are
+// not, which out is left without. Returns how many these are.
 BE_EXPORT int64_t be_linear_digits(const float* x, int64_t rows, const uint8_t* packed, const float* scale,
                                    const float* bias, int64_t channels, int64_t columns, int bits, int digits,
                                    float* out, uint8_t* left, int threads) {
-  return multiply({packed, scale, bias, channels, columns, bits}, x, rows, digits, out, left, threads);
+  return multiply({packed, scale, bias, channels, columns, 0, bits}, x, rows, digits, out, left, threads);
 }
 
 // All that a call of be_linear reads but x; ops/cpu/linear.py has the same fields.
@@ -150,7 +165,7 @@ struct PlannedLinear {
 
 BE_EXPORT int be_linear_planned(const PlannedLinear* p, const void* x, void* out) {
   be_linear(static_cast<const float*>(x), p->rows, p->packed, p->scale, p->bias, p->channels, p->columns,
-            static_cast<int>(p->bits), static_cast<int>(p->digits), static_cast<float*>(out),
+            0, static_cast<int>(p->bits), static_cast<int>(p->digits), static_cast<float*>(out),
             static_cast<int>(p->threads));
   return 0;
 }
@@ -170,11 +185,11 @@ BE_EXPORT int be_linear_codes(const PlannedCodes* p, const void* x, void* out) {
   const ActivationRule rule{1.0f / *p->scale, *p->low, x_bits, x_bits == 1 ? 2 : 1};
   const auto quantize = quantize_activation_kernel.pick();
   if (quantize(x, FLOAT32, p->columns, 1, 1, p->columns, rule, codes.get(), p->columns, nullptr)) return 1;
-  const DigitRows digits(1, p->columns, 2);
-  split_bytes_kernel.pick()(codes.get(), x_bits == 1 ? 1 : static_cast<int>(-*p->low), bits, digits.row(0));
   const Buffer<float> factor = new_buffer<float>(p->channels);
   for (int64_t c = 0; c < p->channels; ++c) factor[c] = p->factor[c] * *p->scale;
-  const Weights weights{p->packed, factor.get(), p->bias, p->channels, p->columns, bits};
+  const Weights weights{p->packed, factor.get(), p->bias, p->channels, p->columns, 0, bits};
+  const DigitRows digits(1, weights, 2);
+  split_bytes_kernel.pick()(codes.get(), x_bits == 1 ? 1 : static_cast<int>(-*p->low), bits, digits.row(0));
   const std::vector<Digits> row{digits.row(0)};
   const std::vector<float*> to{static_cast<float*>(out)};
   parallel_for(p->channels, 1 + WEIGHTS / (p->columns + 1), static_cast<int>(p->threads),

@@ -22,19 +22,27 @@ constexpr int64_t WIDEST = 64;       // bytes of a vector, at most
 
 static inline bool has_whole_values(int bits) { return bits == 1 || bits == 2 || bits == 4; }
 
-// One row of activations, as a kernel with vectors of `width` bytes reads it. Of every group:
+// Columns whose sums become float together: as many as have one scale of activations and of weights, but no fewer than a
+// vector of `width` bytes has.
+static inline int64_t piece_columns(int64_t group, int bits, int64_t width) {
+  const int64_t vector = 8 * width / bits;
+  return group == 0 || group > GROUP ? GROUP : group < vector ? vector : group;
+}
+
+// One row of activations, as a kernel with vectors of `width` bytes reads it:
 //   digits       [vector of `width` packed bytes][position of a value in its byte][digit, the lowest first][width]
-//                of the last group only those vectors that have columns
-//   corrections  [digit, of three][WIDEST bytes]: the lowest code times the sum of the digits that a lane of the kernel's
-//                sums adds. Sums of index * digit begin with it. It has 32 bits, in AVX2 16: two products of each of 16
+//                only those vectors that have columns
+//   corrections  [piece][digit][width bytes]: the lowest code times the sum of the digits that a lane of the kernel's sums
+//                adds. Sums of index * digit begin with it. It has 32 bits, in AVX2 16: two products of each of 16
 //                positions, (0 .. 15) - 8 times -128 .. 127, fit unless all are the largest.
-//   scales       [digit, of three]
+//   scales       [group of 512 columns][digit]
 struct Digits {
   int8_t* digits;
   uint8_t* corrections;
   float* scales;
   int64_t columns;
-  int count;  // of digits: 2 or 3
+  int64_t group;  // columns with one scale of weights, a power of two from 32; 0: all
+  int count;      // of digits: 2 or 3
 };
 
 // Returns false where a value is not finite or tiny, or where the largest of a group is above about sixteen ordinary
@@ -48,21 +56,29 @@ using SplitBytesFunction = void (*)(const uint8_t* bytes, int zero, int bits, co
 
 constexpr int CHANNELS = 4;       // rows of weights that are multiplied at a time
 
-// sums[r * channels + c] = sum over k of code[c][k] * x[r][k] for so many rows of codes, a multiple of CHANNELS, and so many
-// of activations; at most MOST_CHANNELS and MOST_ROWS.
-constexpr int64_t MOST_CHANNELS = 32, MOST_ROWS = 8;
-using DotDigitsFunction = void (*)(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits,
-                                   const Digits* x, int64_t rows, float* sums);
+// Rows of packed codes, and where they have groups their scales, which lie in order; else null.
+struct WeightRows {
+  const uint8_t* const* packed;
+  const float* const* scales;
+  int64_t count, row_bytes;  // count: a multiple of CHANNELS
+  int bits;
+};
 
-// sum over k of code[k] * x[k], where the codes are a packed stream of `bits` bits each; count a multiple of 8.
-using DotFunction = float (*)(const uint8_t* packed, const float* x, int64_t count, int bits);
+// sums[r * count + c] = sum over k of weight[c][k] * x[r][k], for at most MOST_CHANNELS weights and MOST_ROWS of x.
+constexpr int64_t MOST_CHANNELS = 32, MOST_ROWS = 8;
+using DotDigitsFunction = void (*)(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);
+
+// sums[r] = sum over k of weight[k] * x[r][k] for at most MOST_ROWS of x. The weights are a packed stream of `bits` bits
+// each, count a multiple of 8, times the scale of their group: group as in Digits; with 0 there are no scales.
+using DotFunction = void (*)(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,
+                             const float* const* x, int64_t rows, float* sums);
 
 #define BE_LINEAR(isa)                                                                                         \
   bool split_digits_##isa(const float* x, int bits, const Digits& to);                                         \
   void split_bytes_##isa(const uint8_t* bytes, int zero, int bits, const Digits& to);                          \
-  void dot_digits_##isa(const uint8_t* const* weights, int64_t channels, int64_t row_bytes, int bits,           \
-                        const Digits* x, int64_t rows, float* sums);                                           \
-  float dot_##isa(const uint8_t* packed, const float* x, int64_t count, int bits);
+  void dot_digits_##isa(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);                \
+  void dot_##isa(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,            \
+                 const float* const* x, int64_t rows, float* sums);
 BE_LINEAR(scalar)
 BE_LINEAR(avx2)
 BE_LINEAR(avx512)

@@ -1,5 +1,6 @@
 #include "linear/linear.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "agreement.h"
@@ -15,30 +16,38 @@ struct Near {
 
 // Digits have another order on every instruction set: splitting and multiplying are checked together.
 std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Random& random) {
-  const int bits = 1 << random.between(0, 2);
-  const int64_t columns = 8 * random.between(1, 200), channels = CHANNELS * random.between(1, 3);
-  const int64_t rows = random.between(1, 4);
-  const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP;
+  const int bits = 1 << random.between(0, 2), count = static_cast<int>(random.between(2, 3));
+  const int64_t group = random.between(0, 1) << random.between(5, 10), channels = CHANNELS * random.between(1, 3);
+  const int64_t columns = group ? group * random.between(1, 6) : 8 * random.between(1, 200), rows = random.between(1, 4);
+  const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP, pieces = groups * GROUP / 32;
   const std::vector<uint8_t> packed = random.bytes(channels * row_bytes);
   const std::vector<float> x = random.numbers(rows * columns, 1);
-  const int count = static_cast<int>(random.between(2, 3));
   std::vector<int8_t> digits(rows * groups * GROUP * 3);
-  std::vector<uint8_t> corrections(rows * groups * 3 * WIDEST);
+  std::vector<uint8_t> corrections(rows * pieces * 3 * WIDEST);
   std::vector<float> scales(rows * groups * 3), sums(rows * channels);
   std::vector<Digits> to;
   for (int64_t r = 0; r < rows; ++r) {
-    to.push_back({digits.data() + r * groups * GROUP * 3, corrections.data() + r * groups * 3 * WIDEST,
-                  scales.data() + r * groups * 3, columns, count});
+    to.push_back({digits.data() + r * groups * GROUP * 3, corrections.data() + r * pieces * 3 * WIDEST,
+                  scales.data() + r * groups * 3, columns, group, count});
     if (!split(x.data() + r * columns, bits, to.back())) return {};
   }
+  const int64_t scale_count = group ? columns / group : 0;
+  const std::vector<float> weight_scales = random.numbers(channels * scale_count, 1);
   std::vector<const uint8_t*> weights;
-  for (int64_t c = 0; c < channels; ++c) weights.push_back(packed.data() + c * row_bytes);
-  dot(weights.data(), channels, row_bytes, bits, to.data(), rows, sums.data());
+  std::vector<const float*> scales_of;
+  for (int64_t c = 0; c < channels; ++c) {
+    weights.push_back(packed.data() + c * row_bytes);
+    scales_of.push_back(weight_scales.data() + c * scale_count);
+  }
+  dot({weights.data(), group ? scales_of.data() : nullptr, channels, row_bytes, bits}, to.data(), rows, sums.data());
+  float largest = group ? 0 : 1;
+  for (float scale : weight_scales) largest = std::max(largest, std::fabs(scale));
   std::vector<Near> found;
   for (int64_t r = 0; r < rows; ++r) {
     double sizes = 0;
-    for (int64_t k = 0; k < columns; ++k) sizes += std::fabs(x[r * columns + k]) * (1 << (bits - 1));
-    for (int64_t c = 0; c < channels; ++c) found.push_back({sums[r * channels + c], sizes * (count == 2 ? 0x1p-14 : 0x1p-21)});
+    for (int64_t k = 0; k < columns; ++k) sizes += std::fabs(x[r * columns + k]) * (1 << (bits - 1)) * largest;
+    for (int64_t c = 0; c < channels; ++c)
+      found.push_back({sums[r * channels + c], sizes * (count == 2 ? 0x1p-14 : 0x1p-21)});
   }
   return found;
 }
@@ -52,11 +61,11 @@ std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction do
   std::vector<int8_t> digits(groups * GROUP * 2);
   std::vector<uint8_t> corrections(groups * 3 * WIDEST);
   std::vector<float> scales(groups * 3), sums(CHANNELS);
-  const Digits to{digits.data(), corrections.data(), scales.data(), columns, 2};
+  const Digits to{digits.data(), corrections.data(), scales.data(), columns, 0, 2};
   split(bytes.data(), static_cast<int>(random.between(0, 128)), bits, to);
   const uint8_t* weights[CHANNELS];
   for (int64_t c = 0; c < CHANNELS; ++c) weights[c] = packed.data() + c * row_bytes;
-  dot(weights, CHANNELS, row_bytes, bits, &to, 1, sums.data());
+  dot({weights, nullptr, CHANNELS, row_bytes, bits}, &to, 1, sums.data());
   return sums;
 }
 
@@ -74,12 +83,22 @@ void check_linear(Agreement& agreement) {
   });
   agreement.check(dot_kernel, 200, [](DotFunction dot, Random& random) {
     const int bits = static_cast<int>(random.between(1, 8));
-    const int64_t count = 8 * random.between(0, 200);
+    const int64_t group = random.between(0, 1) << random.between(5, 10), rows = random.between(1, MOST_ROWS);
+    const int64_t count = group ? group * random.between(1, 4) : 8 * random.between(0, 200);
     const std::vector<uint8_t> packed = random.bytes(count / 8 * bits);
-    const std::vector<float> x = random.numbers(count, 1);
-    double sizes = 0;
-    for (float one : x) sizes += std::fabs(one) * (1 << (bits - 1));
-    return Near{dot(packed.data(), x.data(), count, bits), sizes * 0x1p-21};
+    const std::vector<float> x = random.numbers(rows * count, 1), scales = random.numbers(group ? count / group : 0, 1);
+    std::vector<const float*> of_row;
+    for (int64_t r = 0; r < rows; ++r) of_row.push_back(x.data() + r * count);
+    float sums[MOST_ROWS];
+    dot(packed.data(), count, bits, scales.data(), group, of_row.data(), rows, sums);
+    std::vector<Near> found;
+    for (int64_t r = 0; r < rows; ++r) {
+      double sizes = 0;
+      for (int64_t k = 0; k < count; ++k)
+        sizes += std::fabs(x[r * count + k] * (group ? scales[k / group] : 1)) * (1 << (bits - 1));
+      found.push_back({sums[r], sizes * 0x1p-21});
+    }
+    return found;
   });
 }
 

@@ -16,18 +16,21 @@ from bitorch_engine.ops.cpu.quantize import dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
 
-_linear = function("be_linear", POINTER, INT64, *[POINTER] * 3, INT64, INT64, INT, INT, POINTER, INT)
+_linear = function("be_linear", POINTER, INT64, *[POINTER] * 3, *[INT64] * 3, INT, INT, POINTER, INT)
 _linear_digits = function(
     "be_linear_digits", POINTER, INT64, *[POINTER] * 3, INT64, INT64, INT, INT, *[POINTER] * 2, INT, result=INT64
 )
 _planned = planned("be_linear_planned")
 _codes = planned("be_linear_codes")
 
-_FEW = 8
-"""Rows of activations up to which decoding the weight once a row is faster than a float matrix product."""
+_FEW = 16
+"""Rows of activations up to which products of codes as they are read are faster than a float matrix product."""
 
-_DIGIT_ROWS = {"avx2": 16, "avx512": 64, "amx": 64}
+_DIGIT_ROWS = {"avx2": 64, "avx512": 64, "amx": 64}
 """Rows of float32 up to which products of bytes are faster, where activations are digits (csrc/linear/linear.h)."""
+
+_SMALLEST_GROUP = 32
+"""Columns with one scale, from which kernels for few rows multiply them."""
 
 BLOCK = 1 << 19
 """Weights that are float at a time, at most; eight output channels are the least. They should stay in the cache."""
@@ -103,18 +106,20 @@ def linear_weight_only(
     rows = channel_scale.shape[0] if group_size else channel_scale.numel()
     check_packed(packed, rows * columns, bits)
     few = x.numel() // max(1, columns)
-    if group_size == 0 and x.dtype in DTYPES and _suits(few, bits, columns):
-        return _few_rows(x, few, packed, channel_scale, bits, bias, columns)
+    if group_size:
+        reference.check_groups(channel_scale, columns, group_size)
     if x.numel() == 0 or rows == 0:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
-    reference.check_groups(channel_scale, columns, group_size)
+    scale, group = _in_powers(channel_scale, columns, group_size)
+    if x.dtype in DTYPES and _suits(few, bits, columns) and (group == 0 or group >= _SMALLEST_GROUP):
+        return _few_rows(x, few, packed, scale, bits, bias, columns, group)
     if (
-        group_size == 0
+        group == 0
         and x.dtype is torch.float32
         and _are_digits(bits, columns)
         and few <= _DIGIT_ROWS.get(current_isa(), 0)
     ):
-        return _by_digits(x.reshape(few, columns), packed, channel_scale, bits, bias).view(*x.shape[:-1], rows)
+        return _by_digits(x.reshape(few, columns), packed, scale, bits, bias).view(*x.shape[:-1], rows)
     return _by_blocks(x, packed, channel_scale.reshape(rows, -1), bits, bias, columns)
 
 
@@ -225,23 +230,32 @@ def _digits(dtype: torch.dtype) -> int:
 
 
 def _few_rows(
-    x: Tensor, few: int, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int
+    x: Tensor, few: int, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int, group: int
 ) -> Tensor:
     """Each row of codes is decoded in registers, and multiplied as it comes from memory."""
     wide, scale = (t.to(torch.float32).contiguous() for t in (x, channel_scale))
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    out = torch.empty([*x.shape[:-1], scale.numel()], dtype=torch.float32)
+    out = torch.empty([*x.shape[:-1], scale.shape[0]], dtype=torch.float32)
     _linear(
         wide.data_ptr(),
         few,
         packed.data_ptr(),
         scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        scale.numel(),
+        scale.shape[0],
         columns,
+        group,
         bits,
         _digits(x.dtype),
         out.data_ptr(),
         threads(),
     )
     return out.to(x.dtype)
+
+
+def _in_powers(channel_scale: Tensor, columns: int, group_size: int) -> tuple[Tensor, int]:
+    """Scales of groups of 2**i columns, which kernels ask for: those of others are repeated. And that size; 0: rows."""
+    if group_size in (0, columns):
+        return channel_scale.reshape(-1), 0
+    power = group_size & -group_size
+    return channel_scale if power == group_size else channel_scale.repeat_interleave(group_size // power, 1), power

@@ -142,6 +142,40 @@ def test_few_rows_are_as_near_as_torch(isa: str, bits: int, columns: int) -> Non
         assert torch.equal(ops.linear_weight_only(x, packed, scale.view(-1), bits, bias, columns), found + bias)
 
 
+GROUPS = [(96, 32), (224, 32), (192, 96), (320, 64), (1152, 128), (1536, 512), (3072, 1024), (4096, 32), (256, 256)]
+
+
+@each_isa
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("columns", "group"), [*GROUPS, (520, 8), (288, 144)])
+def test_scales_of_groups_in_few_rows(isa: str, bits: int, columns: int, group: int) -> None:
+    packed, scale, weight = _weight(137, columns, bits, columns // group)
+    scale[3, -1] = weight[3, -group:] = 0
+    x, bias = torch.randn(11, columns), torch.randn(137)
+    x[1, ::20] *= 30  # uneven
+    x[2] = 0
+    for some in (x[1:2], x[:3], x[2:]):
+        with cpu.cap_isa(isa):
+            found = ops.linear_weight_only(some, packed, scale, bits, None, columns, group)
+            with_bias = ops.linear_weight_only(some, packed, scale, bits, bias, columns, group)
+        ours, theirs = _errors(found, some, weight)
+        assert ours <= 2 * theirs
+        assert not found[(some == 0).all(1)].any()
+        torch.testing.assert_close(with_bias, found + bias, rtol=1e-4, atol=1e-6 * 2**bits * columns)
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_groups_gives_what_torch_gives(isa: str, bits: int, odd: float) -> None:
+    packed, scale, weight = _weight(21, 480, bits, 15)
+    x = torch.randn(2, 480)
+    x[1, 479] = odd
+    with cpu.cap_isa(isa):
+        found = ops.linear_weight_only(x, packed, scale, bits, None, 480, 32)
+    torch.testing.assert_close(found, F.linear(x, weight.float()), equal_nan=True, rtol=1e-5, atol=1e-4)
+
+
 @each_isa
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1.0, 1e30])
