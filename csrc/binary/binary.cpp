@@ -173,11 +173,10 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   const auto finish = finish_kernel.pick();
   const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
   const int64_t results = call.results(), group_start = group * call.units();
-  const bool in_place = call.dtype == FLOAT32 && call.out_channel == 1;
   const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + call.units() / call.table->longest)]);
   const int64_t tiles_at_once = call.lookup ? LOOKED_UP_AT_ONCE / call.lookup->pixels : PIXELS_AT_ONCE / MOST_PIXELS;
   const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * lookup::bytes_of(channels), MOST_BLOCKS) : 0);
-  const std::unique_ptr<int32_t[]> totals(new int32_t[tiles_at_once * call.tile_pixels() * COLUMNS]);
+  const auto rows = new_buffer<float>(tiles_at_once * call.tile_pixels() * COLUMNS);  // or totals, int32
   const int32_t zero_sum[COLUMNS] = {};
   std::vector<Stretch> stretches(tiles_at_once);  // of the results
   std::vector<Place> places(tiles_at_once);
@@ -203,7 +202,9 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
         call.lookup->make_panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
-      const bool direct = in_place && some >= tile.blocks * LANES;
+      // Tiles store floats where they belong, or, for planes of pixels, in rows, which are turned.
+      const bool floats = call.dtype == FLOAT32 && some >= tile.blocks * LANES, in_place = floats && call.out_channel == 1;
+      const bool turned = floats && !in_place && call.lookup;
       int64_t row = 0, number = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Place& place = places[i];
@@ -219,12 +220,15 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
         for (int64_t line = 0; line < lines && upcoming < end; ++line, upcoming += 64)
           __builtin_prefetch(upcoming, 0, 2);
         tile.count = place.count;
-        if (direct) {
+        tile.totals = nullptr;
+        if (in_place) {
           tile.out = reinterpret_cast<float*>(call.out) + place.out + channel;
           tile.out_step = place.out_step;
           if (i + 1 < count) fetch_results(call, places[i + 1], channel, tile.blocks * LANES);
         } else {
-          tile.totals = totals.get() + row * COLUMNS;
+          tile.out = rows.get() + row * COLUMNS;
+          tile.out_step = COLUMNS;
+          if (!turned) tile.totals = reinterpret_cast<int32_t*>(tile.out);
           uint8_t* const to = call.out + (place.out + channel * call.out_channel) * call.element();
           const int64_t step = place.out_step * call.element();
           Stretch* const last = stretches.data() + number - 1;
@@ -239,11 +243,15 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           multiply(tile);
         }
       }
-      tile.totals = nullptr;
-      if (!direct) {
+      if (turned) {
+        const float* from = rows.get();
+        for (const Stretch *s = stretches.data(), *end = s + number; s < end; from += s++->count * COLUMNS)
+          call.lookup->turn(from, s->count, some, reinterpret_cast<float*>(s->out), s->step / call.element(),
+                            call.out_channel);
+      } else if (!in_place) {
         const Epilogue epilogue{zero_sum, tile.factor, tile.added, 0, call.dtype, false, 0};
         const Results results{finish, epilogue, stretches.data(), 0, some, call.out_channel};
-        results.take(totals.get(), 0, row, 0, tile.blocks * LANES);
+        results.take(reinterpret_cast<const int32_t*>(rows.get()), 0, row, 0, tile.blocks * LANES);
       }
     }
   }
@@ -381,7 +389,8 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
                                  : Image(g, from, x_dtype, a->x_strides, a->bits, *low, 1 / *scale, threads);
     if (image.odd()) return fill_with_nan(a->geometry, dtype, out);
     if (first == 0 || g.batch != lot)
-      all = boxes(flat, lookup ? lookup->pixels : MOST_PIXELS, lookup && lookup->partners, s[1] == 1);
+      all = boxes(flat, lookup ? lookup->pixels : MOST_PIXELS, lookup && lookup->partners,
+                  s[1] == 1 || (lookup && dtype == FLOAT32));
     const Entries entries(flat, all, image.words(), lookup, threads);
     const int64_t next = std::min(lot, a->geometry.batch - first - g.batch);
     uint8_t* const to = static_cast<uint8_t*>(out) + first * s[0] * element;

@@ -14,11 +14,11 @@ std::vector<Span> spans(const Geometry& g, int d) {
 }
 
 // Cuts a box into tiles along the dimension where that makes the fewest.
-void cut(Box& box, int64_t pixels, bool channels_last) {
+void cut(Box& box, int64_t pixels, bool any) {
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (int d = 3; d >= 0; --d) {
     const int64_t length = box.span[d].count, pieces = (length + pixels - 1) / pixels;
-    if (box.count() / length * pieces >= fewest || (!channels_last && d < 3 && box.span[3].count > 1)) continue;
+    if (box.count() / length * pieces >= fewest || (!any && d < 3 && box.span[3].count > 1)) continue;
     fewest = box.count() / length * pieces;
     box.along = d;
     box.pieces = pieces;
@@ -27,7 +27,7 @@ void cut(Box& box, int64_t pixels, bool channels_last) {
 
 }  // namespace
 
-std::vector<Box> boxes(const Geometry& g, int64_t pixels, bool whole, bool channels_last) {
+std::vector<Box> boxes(const Geometry& g, int64_t pixels, bool whole, bool any) {
   std::vector<Box> found;
   const Span samples{0, g.batch, 0, 1};
   const std::vector<Span> depth = spans(g, 0), height = spans(g, 1), width = spans(g, 2);
@@ -35,7 +35,7 @@ std::vector<Box> boxes(const Geometry& g, int64_t pixels, bool whole, bool chann
     for (const Span& y : height)
       for (const Span& x : width)
         for (Box box{{samples, z, y, x}, 3, 0, 0}, rest; box.count() > 0; box = rest) {
-          cut(box, pixels, channels_last);
+          cut(box, pixels, any);
           rest = box;
           Span &taken = box.span[box.along], &left = rest.span[box.along];
           left.count = whole && box.count() / taken.count >= pixels ? taken.count % pixels : 0;

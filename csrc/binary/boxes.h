@@ -27,8 +27,8 @@ struct Box {
 };
 
 // pixels: of a tile at most.  whole: a tile of fewer takes as long, so that what is left of lines is cut across them.
-// channels_last: of the result; otherwise tiles go along the width, where results lie together.
-std::vector<Box> boxes(const Geometry& geometry, int64_t pixels, bool whole, bool channels_last);
+// any: tiles may go along every dimension; otherwise along the width, where results lie together.
+std::vector<Box> boxes(const Geometry& geometry, int64_t pixels, bool whole, bool any);
 
 }  // namespace binary
 }  // namespace bitorch_engine

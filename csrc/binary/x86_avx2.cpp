@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "binary/binary.h"
 #include "qconv/product.h"
 
@@ -116,26 +118,39 @@ bool sign_runs(const Floats& f, uint32_t* out, int64_t out_stride) {
   return seen;
 }
 
-// Pixels lie together: each lane collects the bits of one pixel.
+// The signs of COUNT channels, `channel` the first of them, of `pixels` pixels that lie together: each lane of `words` is a
+// pixel, whose bits move up for them. Few channels at a time are few streams, which the processor fetches ahead.
+template <Dtype dtype, int COUNT>
+void add_signs(const Floats& f, int64_t channel, int64_t pixel, int64_t pixels, uint32_t* words, __m256& odd) {
+  const __m256 inverse = _mm256_set1_ps(f.inverse_scale), zero = _mm256_setzero_ps();
+  for (int64_t p = 0; p < pixels; p += 8) {
+    __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(words + p));
+#pragma GCC unroll 4
+    for (int i = COUNT - 1; i >= 0; --i) {
+      const __m256 x = load<dtype>(f.x, (channel + i) * f.channel_stride + pixel + p);
+      odd = _mm256_fmadd_ps(x, zero, odd);
+      const __m256 positive = _mm256_cmp_ps(_mm256_mul_ps(x, inverse), zero, _CMP_NLT_UQ);  // -1, or 0
+      bits = _mm256_sub_epi32(_mm256_add_epi32(bits, bits), _mm256_castps_si256(positive));
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(words + p), bits);
+  }
+}
+
+// Pixels lie together.
 template <Dtype dtype>
 bool sign_planes(const Floats& f, uint32_t* out, int64_t out_stride) {
-  const __m256 inverse = _mm256_set1_ps(f.inverse_scale), zero = _mm256_setzero_ps();
+  constexpr int64_t AT_ONCE = 1024;
+  alignas(32) uint32_t words[AT_ONCE];
   const int64_t whole = f.pixels & ~int64_t{7};
-  __m256 odd = zero;
-  for (int64_t p = 0; p < whole; p += 8)
+  __m256 odd = _mm256_setzero_ps();
+  for (int64_t p = 0; p < whole; p += AT_ONCE)
     for (int64_t c = 0; c < f.channels; c += WORD) {
-      __m256i words = _mm256_setzero_si256(), bit = _mm256_set1_epi32(1);
-      const int64_t deep = f.channels - c < WORD ? f.channels - c : WORD;
-      for (int64_t i = 0; i < deep; ++i) {
-        const __m256 x = load<dtype>(f.x, (c + i) * f.channel_stride + p);
-        odd = _mm256_add_ps(odd, _mm256_mul_ps(x, zero));
-        const __m256 positive = _mm256_cmp_ps(_mm256_mul_ps(x, inverse), zero, _CMP_NLT_UQ);
-        words = _mm256_or_si256(words, _mm256_and_si256(_mm256_castps_si256(positive), bit));
-        bit = _mm256_add_epi32(bit, bit);
-      }
-      alignas(32) uint32_t column[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(column), words);
-      for (int64_t i = 0; i < 8; ++i) out[(p + i) * out_stride + c / WORD] = column[i];
+      const int64_t some = whole - p < AT_ONCE ? whole - p : AT_ONCE;
+      int64_t deep = f.channels - c < WORD ? f.channels - c : WORD;
+      std::memset(words, 0, some * sizeof *words);
+      for (; deep % 4; --deep) add_signs<dtype, 1>(f, c + deep - 1, p, some, words, odd);
+      for (; deep; deep -= 4) add_signs<dtype, 4>(f, c + deep - 4, p, some, words, odd);
+      for (int64_t i = 0; i < some; ++i) out[(p + i) * out_stride + c / WORD] = words[i];
     }
   bool seen = _mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0;
   if (whole < f.pixels) {

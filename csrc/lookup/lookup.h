@@ -56,6 +56,9 @@ struct Lookup {
                      uint8_t* out);
   // As binary::MultiplyFunction, but that segments count in entries, and total = tile.products + table.times * sum.
   void (*multiply)(const binary::Tile& tile, const Table& table, const uint16_t* image, const uint8_t* panel);
+  // Rows of COLUMNS results of a pixel, of which `channels` are there, a multiple of 4, to pixels that are `step` apart and
+  // channels that are `plane` apart.
+  void (*turn)(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane);
 };
 extern const Lookup signs_avx2, pairs_avx2;
 

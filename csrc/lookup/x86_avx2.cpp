@@ -224,6 +224,33 @@ void multiply_pairs(const Tile& t, const Table& table, const uint16_t* image, co
   TILES[t.count - 1][t.blocks > 2](t, table, image, panel);
 }
 
+void turn(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane) {
+  constexpr int64_t AT_ONCE = 32;  // pixels, whose rows stay in the L1 cache
+  for (; pixels > AT_ONCE; pixels -= AT_ONCE, rows += AT_ONCE * COLUMNS, out += AT_ONCE * step)
+    turn(rows, AT_ONCE, channels, out, step, plane);
+  for (int64_t o = 0; o < channels; o += 4, rows += 4, out += 4 * plane) {
+    int64_t p = 0;
+    for (; step == 1 && p + 8 <= pixels; p += 8) {
+      __m256 r[4], pairs[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const float* row = rows + (p + i) * COLUMNS;
+        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * COLUMNS), 1);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        pairs[i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        pairs[i + 2] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c)
+        _mm256_storeu_ps(out + c * plane + p, _mm256_shuffle_ps(pairs[c & 2], pairs[(c & 2) + 1], c % 2 ? 0xee : 0x44));
+    }
+    for (; p < pixels; ++p)
+      for (int64_t c = 0; c < 4; ++c) out[c * plane + p * step] = rows[p * COLUMNS + c];
+  }
+}
+
 // Whole words of runs are one run.
 inline void join_runs(int64_t& runs, int64_t& bits) {
   if (bits % binary::WORD) return;
@@ -293,8 +320,8 @@ void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, in
 
 }  // namespace
 
-const Lookup signs_avx2{SIGN_PIXELS, 2, true, make_sign_entries, make_panel, multiply_signs};
-const Lookup pairs_avx2{binary::MOST_PIXELS, 1, false, make_pair_entries, make_panel, multiply_pairs};
+const Lookup signs_avx2{SIGN_PIXELS, 2, true, make_sign_entries, make_panel, multiply_signs, turn};
+const Lookup pairs_avx2{binary::MOST_PIXELS, 1, false, make_pair_entries, make_panel, multiply_pairs, turn};
 
 }  // namespace lookup
 }  // namespace bitorch_engine
