@@ -2,6 +2,10 @@
 //
 //   arranged[group][block of 16 result channels][tap][word of 32 bits of channels][16 result channels]
 //
+// At 2 bits a byte has four channels: a weight is its lower bit less twice its upper bit, as two's complement has it.
+//
+//   lower bits of channels 0 1 2 3 | upper bits of channels 0 1 2 3
+//
 // What fills up the last word and the last block is 0.
 #include <algorithm>
 #include <cstring>
@@ -20,8 +24,8 @@ void arrange_pairs(const uint8_t* packed, int64_t first, int64_t channels, int64
   const int64_t words = words_of(2 * channels);
   for (int64_t c = 0, i = first; c < channels; ++c)
     for (int64_t t = 0; t < taps; ++t, ++i) {
-      const uint32_t value = packed[i / 4] >> i % 4 * 2 & 3;
-      out[(t * words + 2 * c / WORD) * LANES] |= value << 2 * c % WORD;
+      const uint32_t code = (packed[i / 4] >> i % 4 * 2 & 3) ^ 2;  // the index counts from -2
+      out[(t * words + 2 * c / WORD) * LANES] |= ((code & 1) | (code >> 1) << 4) << (2 * (c & ~3) % WORD + c % 4);
     }
 }
 

@@ -336,12 +336,9 @@ const lookup::Lookup* lookup_for(const Geometry& g, int64_t bits, const lookup::
   return lookup && lookup->entries * bytes <= table.most ? lookup : nullptr;
 }
 
-// Of products of `channels` channels. At 2 bits, values count from the least, and where channels end in an entry the
-// indices are 0, which stand for the products low * -2.
-int32_t tap_total(int64_t channels, int64_t bits, float low, const lookup::Table& table) {
-  if (bits == 1) return static_cast<int32_t>(channels);
-  const int64_t bytes = lookup::bytes_of(channels * bits), filling = 4 * bytes - channels;
-  return static_cast<int32_t>(2 * bytes * table.least + filling * 2 * static_cast<int64_t>(low));
+// Of products of `channels` channels. At 2 bits, an entry counts from the least once, and less twice.
+int32_t tap_total(int64_t channels, int64_t bits, const lookup::Table& table) {
+  return static_cast<int32_t>(bits == 1 ? channels : -table.least * lookup::bytes_of(channels * bits));
 }
 
 void fill_with_nan(const Geometry& g, Dtype dtype, void* out) {
@@ -368,7 +365,7 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
                               const float* poison, void* out) {
   Geometry g = a->geometry;
   const lookup::Table& table = table_of(a->bits, *low);
-  const int32_t per_tap = tap_total(g.in_channels / g.groups, a->bits, *low, table);
+  const int32_t per_tap = tap_total(g.in_channels / g.groups, a->bits, table);
   const int threads = static_cast<int>(a->threads);
   const Dtype dtype = static_cast<Dtype>(a->out_dtype), x_dtype = static_cast<Dtype>(a->x_dtype);
   if (poison && *poison != *poison) return fill_with_nan(g, dtype, out);

@@ -3,8 +3,8 @@
 //
 //   1 bit:   x and y, four channels of two pixels
 //            table[x, y][w] = popcount(x ^ w) + 16 * popcount(y ^ w)         total = products - 2 * sum
-//   2 bits:  x, two channels of a pixel
-//            table[x][w] = products of the two codes, added, - their least   total = sum + least of all
+//   2 bits:  x, four channels of a pixel, and w, the lower bits of four weights, or the upper ones, which count -2
+//            table[x][w] = codes where w is 1, added, - their least          total = sum - 2 * sum of the upper ones - least
 //
 //   of a vector of 32 result channels: sum += shuffle(table, w)
 //
@@ -12,8 +12,8 @@
 // are 256 products. Exclusive or and population count take six times as many instructions.
 //
 // What is stored of a pixel are *entries*, offsets of tables, 16 bits each: at 1 bit one for four bits of it and of the pixel
-// beside it in a tile; at 2 bits one for eight bits, the offset of a pair of tables. Of the weight there is a *panel* of up to
-// 64 result channels, a byte for four bits of each:
+// beside it in a tile, at 2 bits one for eight bits. Of the weight there is a *panel* of up to 64 result channels, a byte for
+// four bits of each:
 //
 //   [four bits][vector of 32 result channels]
 //
@@ -32,13 +32,15 @@ namespace lookup {
 // What the bits of an entry and of a weight are worth together. Sums are held in 8 bits, then in 16.
 struct Table {
   const uint8_t* values;
-  int32_t times;    // total = a constant + times * sum
   int32_t least;    // of what a value stands for: a value counts from it
   int64_t longest;  // entries whose sum fits 8 bits, and so those of a segment
   int64_t most;     // entries whose sum fits 16 bits
 };
-extern const Table signs;                            // 1 bit
-extern const Table unsigned_pairs, signed_pairs;     // 2 bits: activations 0 .. 3 and -2 .. 1, weights -2 .. 1
+extern const Table signs;                         // 1 bit
+extern const Table unsigned_pairs, signed_pairs;  // 2 bits: activations 0 .. 3 and -2 .. 1, weights -2 .. 1
+
+// Sums of pairs are -24 to 12 an entry.
+constexpr int32_t PAIRS_MOST = 65535 / (12 + 24), PAIRS_START = 24 * PAIRS_MOST;
 
 static inline int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 // bytes: of a result channel.
@@ -54,7 +56,7 @@ struct Lookup {
   // The panel of `blocks` blocks of the arranged weight, block_words apart: `taps` times `bits` bits each.
   void (*make_panel)(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,
                      uint8_t* out);
-  // As binary::MultiplyFunction, but that segments count in entries, and total = tile.products + table.times * sum.
+  // As binary::MultiplyFunction, but that segments count in entries, and total = tile.products + what the sums add.
   void (*multiply)(const binary::Tile& tile, const Table& table, const uint16_t* image, const uint8_t* panel);
   // Rows of COLUMNS results of a pixel, of which `channels` are there, a multiple of 4, to pixels that are `step` apart and
   // channels that are `plane` apart.

@@ -13,12 +13,12 @@ using binary::LANES;
 using binary::Segment;
 using binary::Tile;
 
-constexpr int64_t SIGN_PIXELS = 4;
+constexpr int64_t SIGN_PIXELS = 4, PAIR_PIXELS = 6;
 
-// An accumulator that stays where it is: GCC otherwise sums two results of lookups first, and runs out of registers.
+// In assembly, so that an accumulator stays where it is: GCC otherwise sums two results of lookups first, and copies
+// accumulators, or runs out of registers.
 inline __m256i add_in_place(__m256i sum, __m256i x) {
-  sum = _mm256_add_epi8(sum, x);
-  asm("" : "+x"(sum));
+  asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(x));
   return sum;
 }
 
@@ -29,76 +29,71 @@ struct Wide {
   __m256i all[MR][NV], odd[MR][NV];
 };
 
-template <int MR, int NV>
-inline __attribute__((always_inline)) void widen(const __m256i (&bytes)[MR][NV], bool begin, Wide<MR, NV>& wide) {
-#pragma GCC unroll 6
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      const __m256i upper = _mm256_srli_epi16(bytes[m][j], 8);
-      wide.all[m][j] = begin ? bytes[m][j] : _mm256_add_epi16(wide.all[m][j], bytes[m][j]);
-      wide.odd[m][j] = begin ? upper : _mm256_add_epi16(wide.odd[m][j], upper);
-    }
-}
-
-// The sums of a tile: as many segments at a time as a byte allows. Not inlined, so that GCC leaves `wide` in memory: it would
-// trade registers of the inner loop for it.
+// The sums of a tile of products of 2 bits, less twice those of the upper bits. As many segments at a time as a byte allows.
+// Not inlined: GCC would keep other things in the registers of the inner loop.
 template <int MR, int NV>
 __attribute__((noinline)) void sum_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
                                          Wide<MR, NV>& wide) {
+  constexpr int64_t LINE = 2 * 32 * NV;
   const int64_t step = t.image_step;
   const Segment *s = t.segments, *const end = s + t.segment_count;
   bool begin = true;
   do {
-    __m256i bytes[MR][NV];
-#pragma GCC unroll 6
+    __m256i bytes[2][MR][NV];
+#pragma GCC unroll 2
+    for (int bit = 0; bit < 2; ++bit)
+#pragma GCC unroll 3
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) bytes[bit][m][j] = _mm256_setzero_si256();
+    for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
+      const uint16_t *entries = image + s->image, *const stop = entries + s->words;
+      const __m256i* weights = reinterpret_cast<const __m256i*>(panel + s->weights * LINE);
+      for (; entries < stop; ++entries, weights += 2 * NV)
+#pragma GCC unroll 3
+        for (int m = 0; m < MR; ++m) {
+          const __m128i* const chosen = reinterpret_cast<const __m128i*>(table.values + entries[m * step]);
+          const __m256i x = _mm256_broadcastsi128_si256(_mm_load_si128(chosen));
+#pragma GCC unroll 2
+          for (int bit = 0; bit < 2; ++bit)
+#pragma GCC unroll 2
+            for (int j = 0; j < NV; ++j) {
+              const __m256i sum = _mm256_shuffle_epi8(x, _mm256_load_si256(weights + bit * NV + j));
+              bytes[bit][m][j] = add_in_place(bytes[bit][m][j], sum);
+            }
+        }
+    }
+#pragma GCC unroll 3
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) bytes[m][j] = _mm256_setzero_si256();
-    for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
-      // Pixels are addressed from the first and the fourth of them: that leaves registers for the tables.
-      const uint16_t *first = image + s->image, *fourth = first + 3 * step, *const stop = first + s->words;
-      const uint8_t* weights = panel + s->weights * 2 * 32 * NV;
-      for (; first < stop; ++first, ++fourth, weights += 2 * 32 * NV) {
-        const uint8_t* pair[MR];
-#pragma GCC unroll 6
-        for (int m = 0; m < MR; ++m) pair[m] = table.values + (m < 3 ? first[m * step] : fourth[(m - 3) * step]);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          __m256i w[NV];
-#pragma GCC unroll 2
-          for (int j = 0; j < NV; ++j)
-            w[j] = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + (half * NV + j) * 32));
-#pragma GCC unroll 6
-          for (int m = 0; m < MR; ++m) {
-            const __m256i x = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(pair[m] + half * 16));
-#pragma GCC unroll 2
-            for (int j = 0; j < NV; ++j) bytes[m][j] = add_in_place(bytes[m][j], _mm256_shuffle_epi8(x, w[j]));
-          }
-        }
+      for (int j = 0; j < NV; ++j) {
+        const __m256i one = bytes[0][m][j], two = bytes[1][m][j];
+        const __m256i all = _mm256_sub_epi16(one, _mm256_add_epi16(two, two));
+        const __m256i odd_two = _mm256_srli_epi16(two, 8);
+        const __m256i odd = _mm256_sub_epi16(_mm256_srli_epi16(one, 8), _mm256_add_epi16(odd_two, odd_two));
+        wide.all[m][j] = begin ? all : _mm256_add_epi16(wide.all[m][j], all);
+        wide.odd[m][j] = begin ? odd : _mm256_add_epi16(wide.odd[m][j], odd);
       }
-    }
-    widen<MR, NV>(bytes, begin, wide);
     begin = false;
   } while (s < end);
 }
 
-// Sums of pairs of pixels. Those of the second ones are held with what is below them in a word, as `both >> 4` has it:
+// Sums of couples of pixels. Those of the second ones are held with what is below them in a word, as `both >> 4` has it:
 // second of the even byte + 16 * first of the odd byte + 256 * second of the odd byte.
-template <int PAIRS, int NV>
-struct PairSums {
-  __m256i first[PAIRS][NV], second[PAIRS][NV];
+template <int COUPLES, int NV>
+struct CoupleSums {
+  __m256i first[COUPLES][NV], second[COUPLES][NV];
 };
 
-// COUNT entries of each pair, three at most, whose sums are up to 12: two of them fit a byte.
-template <int COUNT, int PAIRS, int NV>
+// COUNT entries of each couple, three at most, whose sums are up to 12: two of them fit a byte.
+template <int COUNT, int COUPLES, int NV>
 inline __attribute__((always_inline)) void add_group(const uint16_t* entries, int64_t step, const uint8_t* weights,
-                                                     const uint8_t* table, PairSums<PAIRS, NV>& sums) {
-  __m256i both[PAIRS][NV];
+                                                     const uint8_t* table, CoupleSums<COUPLES, NV>& sums) {
+  __m256i both[COUPLES][NV];
 #pragma GCC unroll 3
   for (int k = 0; k < COUNT; ++k)
 #pragma GCC unroll 2
-    for (int p = 0; p < PAIRS; ++p) {
+    for (int p = 0; p < COUPLES; ++p) {
       const __m128i* const chosen = reinterpret_cast<const __m128i*>(table + entries[2 * p * step + k]);
       const __m256i x = _mm256_broadcastsi128_si256(_mm_load_si128(chosen));
 #pragma GCC unroll 2
@@ -109,7 +104,7 @@ inline __attribute__((always_inline)) void add_group(const uint16_t* entries, in
       }
     }
 #pragma GCC unroll 2
-  for (int p = 0; p < PAIRS; ++p)
+  for (int p = 0; p < COUPLES; ++p)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
       sums.first[p][j] = add_in_place(sums.first[p][j], _mm256_and_si256(both[p][j], _mm256_set1_epi8(15)));
@@ -119,17 +114,17 @@ inline __attribute__((always_inline)) void add_group(const uint16_t* entries, in
 }
 
 // As sum_pairs, for two pixels an entry.
-template <int PAIRS, int NV>
+template <int COUPLES, int NV>
 __attribute__((noinline)) void sum_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
-                                         Wide<2 * PAIRS, NV>& wide) {
+                                         Wide<2 * COUPLES, NV>& wide) {
   constexpr int64_t LINE = 32 * NV;
   const int64_t step = t.image_step;
   const Segment *s = t.segments, *const end = s + t.segment_count;
   bool begin = true;
   do {
-    PairSums<PAIRS, NV> sums;
+    CoupleSums<COUPLES, NV> sums;
 #pragma GCC unroll 2
-    for (int p = 0; p < PAIRS; ++p)
+    for (int p = 0; p < COUPLES; ++p)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) sums.first[p][j] = sums.second[p][j] = _mm256_setzero_si256();
     for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
@@ -139,29 +134,40 @@ __attribute__((noinline)) void sum_signs(const Tile& t, const Table& table, cons
         add_group<3>(entries, step, weights, table.values, sums);
       for (; entries < stop; ++entries, weights += LINE) add_group<1>(entries, step, weights, table.values, sums);
     }
-    __m256i bytes[2 * PAIRS][NV];
+    __m256i bytes[2 * COUPLES][NV];
 #pragma GCC unroll 2
-    for (int p = 0; p < PAIRS; ++p)
+    for (int p = 0; p < COUPLES; ++p)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         const __m256i below = _mm256_slli_epi16(_mm256_srli_epi16(sums.first[p][j], 8), 4);
         bytes[2 * p][j] = sums.first[p][j];
         bytes[2 * p + 1][j] = _mm256_sub_epi16(sums.second[p][j], below);
       }
-    widen<2 * PAIRS, NV>(bytes, begin, wide);
+#pragma GCC unroll 4
+    for (int m = 0; m < 2 * COUPLES; ++m)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        const __m256i odd = _mm256_srli_epi16(bytes[m][j], 8);
+        wide.all[m][j] = begin ? bytes[m][j] : _mm256_add_epi16(wide.all[m][j], bytes[m][j]);
+        wide.odd[m][j] = begin ? odd : _mm256_add_epi16(wide.odd[m][j], odd);
+      }
     begin = false;
   } while (s < end);
 }
 
-// Calls write(pixel, channel, sums of eight channels).
-template <int MR, int NV, class Write>
+// Calls write(pixel, channel, start + sums of eight channels). start: so that all are 0 to 65535.
+template <int start, int MR, int NV, class Write>
 inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wide, int64_t count, int64_t blocks,
                                                          const Write& write) {
-  const __m256i zero = _mm256_setzero_si256();
+  const __m256i zero = _mm256_setzero_si256(), first = _mm256_set1_epi16(static_cast<int16_t>(start));
   for (int m = 0; m < count; ++m)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
-      const __m256i odd = wide.odd[m][j], even = _mm256_sub_epi16(wide.all[m][j], _mm256_slli_epi16(odd, 8));
+      __m256i odd = wide.odd[m][j], even = _mm256_sub_epi16(wide.all[m][j], _mm256_slli_epi16(odd, 8));
+      if (start) {
+        odd = _mm256_add_epi16(odd, first);
+        even = _mm256_add_epi16(even, first);
+      }
       write(m, 32 * j, _mm256_unpacklo_epi16(even, zero));
       write(m, 32 * j + 8, _mm256_unpackhi_epi16(even, zero));
       if (2 * j + 1 == blocks) continue;
@@ -174,7 +180,7 @@ template <int MR, int NV>
 using SumFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
                              Wide<MR, NV>& wide);
 
-template <int MR, int NV, SumFunction<MR, NV> sums_of>
+template <bool are_signs, int MR, int NV, SumFunction<MR, NV> sums_of>
 void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
   Wide<MR, NV> wide;
   // Copies: for all GCC knows, a store of results changes the tile.
@@ -182,28 +188,29 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
   const float *const factor = t.factor, *const added = t.added;
   const int64_t out_step = t.out_step, count = t.count, blocks = t.blocks;
   sums_of(t, table, image, panel, wide);
+  constexpr int start = are_signs ? 0 : PAIRS_START;
+  const int32_t begin = t.products - start;
   if (int32_t* const totals = t.totals) {
-    const __m256i products = _mm256_set1_epi32(t.products), times = _mm256_set1_epi32(table.times);
-    for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
+    const __m256i constant = _mm256_set1_epi32(begin), times = _mm256_set1_epi32(are_signs ? -2 : 1);
+    for_each_eight<start>(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + m * COLUMNS + o),
-                          _mm256_add_epi32(products, _mm256_mullo_epi32(sum, times)));
+                          _mm256_add_epi32(constant, _mm256_mullo_epi32(sum, times)));
     });
     return;
   }
   // Every number up to 2**24 is exact here: only the last two operations round, and without `added` only the first one.
-  const __m256 products = _mm256_set1_ps(static_cast<float>(t.products));
-  const __m256 times = _mm256_set1_ps(static_cast<float>(table.times));
+  const __m256 constant = _mm256_set1_ps(static_cast<float>(begin)), times = _mm256_set1_ps(are_signs ? -2 : 1);
   const auto scaled = [&](int64_t o, __m256i sum) {
-    const __m256 total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), times, products);
+    const __m256 total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), times, constant);
     return _mm256_mul_ps(total, _mm256_loadu_ps(factor + o));
   };
   if (added)
-    for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight<start>(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
       const __m256 value = _mm256_add_ps(scaled(o, sum), _mm256_loadu_ps(added + o));
       _mm256_storeu_ps(out + m * out_step + o, value);
     });
   else
-    for_each_eight(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight<start>(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_ps(out + m * out_step + o, scaled(o, sum));
     });
 }
@@ -211,17 +218,24 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
 using TileFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel);
 
 void multiply_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
-  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {{tile<2, 1, sum_signs<1, 1>>, tile<2, 2, sum_signs<1, 2>>},
-                                                      {tile<4, 1, sum_signs<2, 1>>, tile<4, 2, sum_signs<2, 2>>}};
+  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {{tile<true, 2, 1, sum_signs<1, 1>>, tile<true, 2, 2, sum_signs<1, 2>>},
+                                                      {tile<true, 4, 1, sum_signs<2, 1>>, tile<true, 4, 2, sum_signs<2, 2>>}};
   TILES[(t.count - 1) / 2][t.blocks > 2](t, table, image, panel);
 }
 
+// Halves, for which there are registers.
 void multiply_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
-#define BE_TILES(count) {tile<count, 1, sum_pairs<count, 1>>, tile<count, 2, sum_pairs<count, 2>>}
-  constexpr TileFunction TILES[binary::MOST_PIXELS][2] = {BE_TILES(1), BE_TILES(2), BE_TILES(3),
-                                                          BE_TILES(4), BE_TILES(5), BE_TILES(6)};
-#undef BE_TILES
-  TILES[t.count - 1][t.blocks > 2](t, table, image, panel);
+  constexpr TileFunction TILES[PAIR_PIXELS / 2][2] = {
+      {tile<false, 1, 1, sum_pairs<1, 1>>, tile<false, 1, 2, sum_pairs<1, 2>>},
+      {tile<false, 2, 1, sum_pairs<2, 1>>, tile<false, 2, 2, sum_pairs<2, 2>>},
+      {tile<false, 3, 1, sum_pairs<3, 1>>, tile<false, 3, 2, sum_pairs<3, 2>>}};
+  Tile half = t;
+  for (int64_t done = 0; done < t.count; done += half.count) {
+    half.count = done || t.count <= PAIR_PIXELS / 2 ? t.count - done : t.count / 2;
+    TILES[half.count - 1][t.blocks > 2](half, table, image + done * t.image_step, panel);
+    half.out += half.count * t.out_step;
+    if (t.totals) half.totals += half.count * COLUMNS;
+  }
 }
 
 void turn(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane) {
@@ -251,6 +265,8 @@ void turn(const float* rows, int64_t pixels, int64_t channels, float* out, int64
   }
 }
 
+inline uint16_t table_of(int bits) { return static_cast<uint16_t>(bits * 16); }
+
 // Whole words of runs are one run.
 inline void join_runs(int64_t& runs, int64_t& bits) {
   if (bits % binary::WORD) return;
@@ -264,21 +280,19 @@ void make_sign_entries(const uint32_t* words, const uint32_t* seconds, int64_t r
   join_runs(runs, bits);
   const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
   const uint8_t *x = reinterpret_cast<const uint8_t*>(words), *y = reinterpret_cast<const uint8_t*>(seconds);
-  const auto table = [](int both) { return static_cast<uint16_t>(both * 16); };
   for (int64_t run = 0; run < runs; ++run, x += bytes, y += bytes, out += 2 * count)
     for (int64_t i = 0; i < count; ++i) {
-      out[2 * i] = table((x[i] & 15) | (y[i] & 15) << 4);
-      out[2 * i + 1] = table(x[i] >> 4 | (y[i] & 240));
+      out[2 * i] = table_of((x[i] & 15) | (y[i] & 15) << 4);
+      out[2 * i + 1] = table_of(x[i] >> 4 | (y[i] & 240));
     }
 }
 
 void make_pair_entries(const uint32_t* words, const uint32_t*, int64_t runs, int64_t bits, uint16_t* out) {
-  constexpr int PAIR = 2 * 16;
   join_runs(runs, bits);
   const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
   const uint8_t* from = reinterpret_cast<const uint8_t*>(words);
   for (int64_t run = 0; run < runs; ++run, from += bytes, out += count)
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint16_t>(from[i] * PAIR);
+    for (int64_t i = 0; i < count; ++i) out[i] = table_of(from[i]);
 }
 
 // Of eight lanes of two blocks: [lane % 4, of all four bytes of its word: (first, second block)], and so in each
@@ -321,7 +335,7 @@ void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, in
 }  // namespace
 
 const Lookup signs_avx2{SIGN_PIXELS, 2, true, make_sign_entries, make_panel, multiply_signs, turn};
-const Lookup pairs_avx2{binary::MOST_PIXELS, 1, false, make_pair_entries, make_panel, multiply_pairs, turn};
+const Lookup pairs_avx2{PAIR_PIXELS, 1, false, make_pair_entries, make_panel, multiply_pairs, turn};
 
 }  // namespace lookup
 }  // namespace bitorch_engine
