@@ -30,7 +30,11 @@ Slab::Slab(const Product& product, const Source& source, int64_t most, bool squa
   const int64_t written = lanes(p_) == p_.groups * p_.result_channels ? size : 0;
   std::memset(bytes_.get() + written, 0, size - written + MARGIN);
   if (floats_) return;
-  line_ = new_buffer<uint8_t>(p_.image[2] * p_.groups * p_.image_channels + 16);
+  const int64_t line = p_.image[2] * p_.groups * p_.image_channels;
+  line_ = new_buffer<uint8_t>(line + 16);
+  if (source.kind == SourceKind::FLOATS && source.channel != 1 && source.step[2] == 1 && source.step[1] == p_.image[2] &&
+      dimension(p_) == 1)
+    planes_ = new_buffer<uint8_t>(most * line);
   if (!square_) return;
   pixels_ = new_buffer<uint8_t>(line_pixels(p_) * pixel_bytes(p_));
   std::memset(pixels_.get(), 0, line_pixels(p_) * pixel_bytes(p_));
@@ -43,6 +47,7 @@ void Slab::fill(int64_t sample, int64_t first, int64_t count) {
     kept = std::min(count, first_ + count_ - first);
     std::memmove(bytes_.get(), bytes_.get() + (first - first_) * row_bytes, kept * row_bytes);
   }
+  if (planes_) fill_planes(sample, first + kept - p_.before[1], first + count - p_.before[1]);
   const int64_t lines = dimension(p_) == 0 ? p_.padded[1] : 1, line_bytes = row_bytes / lines;
   for (int64_t row = first + kept; row < first + count; ++row)
     for (int64_t y = 0; y < lines; ++y) {
@@ -71,6 +76,18 @@ void Slab::fill_line(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
   }
 }
 
+// Lines first .. last - 1 of the image, those that there are: one by one, they would be too short for vectors.
+void Slab::fill_planes(int64_t sample, int64_t first, int64_t last) {
+  const int64_t channels = p_.groups * p_.image_channels, width = p_.image[2];
+  first_plane_ = std::max<int64_t>(0, first);
+  const int64_t lines = std::min(last, p_.image[1]) - first_plane_;
+  if (lines <= 0) return;
+  const uint8_t* from = static_cast<const uint8_t*>(source_.x) +
+                        (sample * source_.sample + first_plane_ * width) * (source_.dtype == FLOAT32 ? 4 : 2);
+  odd_ |= quantize_activation_kernel.pick()(from, source_.dtype, 1, source_.channel, lines * width, channels,
+                                            source_.rule(), planes_.get(), channels, nullptr);
+}
+
 void Slab::fill_pixels(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
   const int64_t width = p_.image[2], channels = p_.groups * p_.image_channels, pitch = pixel_bytes(p_);
   const int64_t head = p_.before[2] * pitch;
@@ -78,9 +95,12 @@ void Slab::fill_pixels(int64_t sample, int64_t z, int64_t y, uint8_t* to) {
   to += head;
   // Where lanes are the channels and none fills up, lines of pixels have no gaps.
   const int64_t stride = direct_ ? pitch : channels;
-  uint8_t* line = direct_ ? to : line_.get();
+  uint8_t* plane = planes_ ? planes_.get() + (y - first_plane_) * width * channels : nullptr;
+  uint8_t* line = direct_ ? to : plane ? plane : line_.get();
   const int64_t start = ((sample * p_.image[0] + z) * p_.image[1] + y) * width;  // in pixels of a dense tensor
-  if (source_.kind == SourceKind::FLOATS) {
+  if (plane) {
+    for (int64_t x = 0; direct_ && x < width; ++x) std::memcpy(line + x * stride, plane + x * channels, channels);
+  } else if (source_.kind == SourceKind::FLOATS) {
     const int64_t offset = sample * source_.sample + z * source_.step[0] + y * source_.step[1];
     const uint8_t* from = static_cast<const uint8_t*>(source_.x) + offset * (source_.dtype == FLOAT32 ? 4 : 2);
     odd_ |= quantize_activation_kernel.pick()(from, source_.dtype, source_.step[2], source_.channel, width, channels,

@@ -45,11 +45,14 @@ class Slab {
  private:
   void fill_line(int64_t sample, int64_t z, int64_t y, uint8_t* to);
   void fill_pixels(int64_t sample, int64_t z, int64_t y, uint8_t* to);
+  void fill_planes(int64_t sample, int64_t first, int64_t last);
   void spread(const uint8_t* from, uint8_t* to) const;
 
   const Product& p_;
   const Source& source_;
-  Buffer<uint8_t> bytes_, line_, pixels_;
+  // planes_: where a channel's floats lie together, pixels from line first_plane_ on, quantized all at once.
+  Buffer<uint8_t> bytes_, line_, pixels_, planes_;
+  int64_t first_plane_ = 0;
   const bool square_, direct_, floats_;  // channels are lanes; float32 of them, side by side, become pairs at once
   int64_t sample_ = -1, first_ = 0, count_ = 0;
   bool odd_ = false;
