@@ -163,17 +163,16 @@ void store(__m256 value, const Epilogue& e, uint8_t* out) {
   }
 }
 
-// Channels o .. o + 8 * NV - 1 of all rows, where channels are last; totals begins with channel o.
-template <int NV>
-void finish_rows(const int32_t* totals, const Stretch& rows, int64_t o, const Epilogue& e) {
+// Eights of channels from `first` on, where channels are last: 64 of a pixel are 256 bytes in a row, which takes a third
+// less time to write than 16 of one pixel after the other. e is a copy, which no store of results changes.
+void finish_rows(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels, const Epilogue e) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
-  const Channels left(e, o), right(e, o + 8 * (NV - 1));
-  uint8_t* to = rows.out + o * element;
-  for (int64_t i = 0; i < rows.count; ++i, to += rows.step) {
-    const int32_t* row = totals + i * COLUMNS;
-    store(left.value(row, rows.sample_factor), e, to);
-    if (NV == 2) store(right.value(row + 8, rows.sample_factor), e, to + 8 * element);
-  }
+  const int64_t count = rows.count, step = rows.step;
+  const float* const sample_factor = rows.sample_factor;
+  uint8_t* to = rows.out + first * element;
+  for (int64_t i = 0; i < count; ++i, to += step, totals += COLUMNS)
+    for (int64_t o = 0; o < channels; o += 8)
+      store(Channels(e, first + o).value(totals + o, sample_factor), e, to + o * element);
 }
 
 // Eight rows of eight to eight columns of eight.
@@ -254,9 +253,7 @@ void finish_avx2(const int32_t* totals, const Stretch& rows, int64_t first, int6
                  int64_t channel_stride) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2, whole = channels & ~int64_t{7};
   if (channel_stride == 1) {
-    int64_t o = 0;
-    for (; o + 16 <= channels; o += 16) finish_rows<2>(totals + o, rows, first + o, e);
-    if (o < whole) finish_rows<1>(totals + o, rows, first + o, e);
+    finish_rows(totals, rows, first, whole, e);
   } else {
     for (int64_t o = 0; o < whole; o += 8)
       finish_planes(totals + o, rows, first + o, e, channel_stride * element, element);
