@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bits/bits.h"
+#include "bits/halves.h"
 
 namespace bitorch_engine {
 namespace {
@@ -10,20 +11,7 @@ namespace {
 // The low `bits` bits of each of eight bytes: what PEXT gathers and PDEP scatters.
 uint64_t value_mask(int bits) { return ((uint64_t{1} << bits) - 1) * 0x0101010101010101u; }
 
-// Numbers of 2 * bits bits in `count` vectors to numbers of `bits` bits in twice as many, the lower half of each first.
-template <int bits, int count>
-void halve(__m256i* v) {
-  const __m256i mask = _mm256_set1_epi8((1 << bits) - 1);
-#pragma GCC unroll 4
-  for (int i = count - 1; i >= 0; --i) {
-    const __m256i low = _mm256_and_si256(v[i], mask), high = _mm256_and_si256(_mm256_srli_epi16(v[i], bits), mask);
-    const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
-    v[2 * i] = _mm256_permute2x128_si256(even, odd, 0x20);
-    v[2 * i + 1] = _mm256_permute2x128_si256(even, odd, 0x31);
-  }
-}
-
-// The reverse.
+// The reverse of halve.
 template <int bits, int count>
 void join(__m256i* v) {
   const __m256i weights = _mm256_set1_epi16(1 | 1 << (8 + bits));
@@ -32,23 +20,6 @@ void join(__m256i* v) {
     const __m256i even = _mm256_maddubs_epi16(v[2 * i], weights), odd = _mm256_maddubs_epi16(v[2 * i + 1], weights);
     v[i] = _mm256_permute4x64_epi64(_mm256_packus_epi16(even, odd), 0xd8);
   }
-}
-
-// Widths that divide 8: 32 bytes of a stream are 8 / bits vectors of values. Returns how many values were done.
-template <int bits>
-int64_t unpack_vectors(const uint8_t* packed, uint8_t* values, int64_t count) {
-  constexpr int vectors = 8 / bits;
-  int64_t i = 0;
-  for (; i + 32 * vectors <= count; i += 32 * vectors, packed += 32) {
-    __m256i v[vectors];
-    v[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    halve<4, 1>(v);
-    if constexpr (bits <= 2) halve<2, 2>(v);
-    if constexpr (bits == 1) halve<1, 4>(v);
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i + 32 * j), v[j]);
-  }
-  return i;
 }
 
 template <int bits>
@@ -97,9 +68,10 @@ void unpack_avx2(const uint8_t* packed, uint8_t* values, int64_t count, int bits
   }
   const uint64_t mask = value_mask(bits);
   const uint8_t* end = packed + count / 8 * bits;
-  int64_t i = bits == 4   ? unpack_vectors<4>(packed, values, count)
-              : bits == 2 ? unpack_vectors<2>(packed, values, count)
-              : bits == 1 ? unpack_vectors<1>(packed, values, count)
+  const auto same = [](__m256i v) { return v; };
+  int64_t i = bits == 4   ? unpack_vectors<4>(packed, values, count, same)
+              : bits == 2 ? unpack_vectors<2>(packed, values, count, same)
+              : bits == 1 ? unpack_vectors<1>(packed, values, count, same)
                           : 0;
   for (packed += i / 8 * bits; end - packed >= 8; i += 8, packed += bits) {
     uint64_t word;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bits/bits.h"
+#include "bits/halves.h"
 #include "qconv/results.h"
 #include "runtime/transpose.h"
 
@@ -235,16 +236,21 @@ void multiply_avx2(const Tile& t) {
 }
 
 void decode_avx2(const uint8_t* packed, int64_t count, int bits, int8_t* codes) {
+  const __m256i low = _mm256_set1_epi8(static_cast<char>(lowest_code(bits)));
+  uint8_t* const to = reinterpret_cast<uint8_t*>(codes);
+  const auto code = [low](__m256i index) { return _mm256_add_epi8(index, low); };
+  const auto sign = [low](__m256i index) { return _mm256_add_epi8(_mm256_add_epi8(index, index), low); };
+  if (bits == 4) unpack_vectors<4>(packed, to, count, code);
+  if (bits == 2) unpack_vectors<2>(packed, to, count, code);
+  if (bits == 1) unpack_vectors<1>(packed, to, count, sign);
+  if (8 % bits == 0) return;
   constexpr int64_t SOME = 1024;  // values that stay in the L1 cache until the lowest code is added
   const auto unpack = unpack_kernel.pick();
-  const __m256i low = _mm256_set1_epi8(static_cast<char>(lowest_code(bits)));
   for (int64_t i = 0; i < count; i += SOME, packed += SOME / 8 * bits) {
-    unpack(packed, reinterpret_cast<uint8_t*>(codes + i), SOME, bits);
+    unpack(packed, to + i, SOME, bits);
     for (int64_t j = i; j < i + SOME; j += 32) {
-      __m256i* place = reinterpret_cast<__m256i*>(codes + j);
-      __m256i index = _mm256_loadu_si256(place);
-      if (bits == 1) index = _mm256_add_epi8(index, index);
-      _mm256_storeu_si256(place, _mm256_add_epi8(index, low));
+      __m256i* place = reinterpret_cast<__m256i*>(to + j);
+      _mm256_storeu_si256(place, code(_mm256_loadu_si256(place)));
     }
   }
 }
