@@ -23,12 +23,13 @@ inline float largest_size(const float* x, int64_t count) {
   return value;
 }
 
-// Whether half of the values that are not 0 lie within the four upper powers of two: above a sixteenth of the largest.
-inline bool is_even(const float* x, int64_t count, float largest) {
+// Whether half of the values that are not 0 lie within so many upper powers of two: of 4, above a sixteenth of the
+// largest.
+inline bool is_even(const float* x, int64_t count, float largest, uint32_t powers) {
   constexpr uint32_t ONE = 1 << 23;  // least bits of a number that is not tiny
   uint32_t top;
   std::memcpy(&top, &largest, 4);
-  const uint32_t exponent = top / ONE, bound = exponent > 4 ? (exponent - 3) * ONE : ONE;
+  const uint32_t exponent = top / ONE, bound = exponent > powers ? (exponent - powers + 1) * ONE : ONE;
   int values = 0, upper = 0;
   for (int64_t k = 0; k < count; ++k) {
     uint32_t size;
@@ -88,7 +89,7 @@ void put_group(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int64_t pie
 
 template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
 bool split_floats_of(const float* x, const Digits& to) {
-  constexpr int32_t LARGEST = 0x7f7f7f >> 8 * (3 - DIGITS);
+  constexpr int32_t LARGEST = DIGITS == 4 ? 0x7f7f7f00 : 0x7f7f7f >> 8 * (3 - DIGITS);  // its digits fit, as a float
   const int64_t piece = piece_columns(to.group, 8 / PER_BYTE, WIDTH);
   int8_t* out = to.digits;
   uint8_t* corrections = to.corrections;
@@ -106,7 +107,7 @@ bool split_floats_of(const float* x, const Digits& to) {
     }
     const float largest = largest_size(values, count);
     if (!(largest <= 3e38f) || (largest > 0 && largest < 1e-25f)) return false;
-    if (!is_even(values, count, largest)) return false;
+    if (!is_even(values, count, largest, to.powers)) return false;
     const float inverse = largest > 0 ? LARGEST / largest : 0;
     for (int d = 0; d < DIGITS; ++d) scales[d] = largest / LARGEST * static_cast<float>(1 << 8 * d);
     for (int64_t k = 0; k < count; ++k) {
@@ -115,7 +116,7 @@ bool split_floats_of(const float* x, const Digits& to) {
     }
     for (int64_t k = 0; k < count; ++k) {
       int32_t rest = q[k];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int d = 0; d < DIGITS; ++d) {
         const int32_t above = (rest + 128) >> 8;  // rounded, so that digits are signed
         digits[d][k] = static_cast<int8_t>(rest - above * 256);
@@ -157,7 +158,10 @@ bool split_floats(const float* x, int bits, const Digits& to) {
 
 template <class Lane, int64_t WIDTH>
 bool split_digits(const float* x, int bits, const Digits& to) {
-  return (to.count == 2 ? split_floats<Lane, WIDTH, 2> : split_floats<Lane, WIDTH, 3>)(x, bits, to);
+  const auto split = to.count == 2   ? split_floats<Lane, WIDTH, 2>
+                     : to.count == 3 ? split_floats<Lane, WIDTH, 3>
+                                     : split_floats<Lane, WIDTH, 4>;
+  return split(x, bits, to);
 }
 
 template <class Lane, int64_t WIDTH>

@@ -43,27 +43,27 @@ struct Weights {
   }
 };
 
-// Rows of activations as `count` digits, one after the other.
+// Rows of activations as up to `most` digits, one after the other.
 struct DigitRows {
   int64_t columns, group, groups, pieces;
-  int count;
+  int most;
   Buffer<int8_t> digits;
   Buffer<uint8_t> corrections;
   Buffer<float> scales;
 
-  DigitRows(int64_t rows, const Weights& weights, int count)
+  DigitRows(int64_t rows, const Weights& weights, int most)
       : columns(weights.columns),
         group(weights.group),
         groups((columns + GROUP - 1) / GROUP),
         pieces(groups * (GROUP / piece_columns(group, 8, WIDEST / 2))),  // of the shortest vectors, at most
-        count(count),
-        digits(new_buffer<int8_t>(rows * groups * GROUP * count)),
-        corrections(new_buffer<uint8_t>(rows * pieces * count * WIDEST)),
-        scales(new_buffer<float>(rows * groups * count)) {}
+        most(most),
+        digits(new_buffer<int8_t>(rows * groups * GROUP * most)),
+        corrections(new_buffer<uint8_t>(rows * pieces * most * WIDEST)),
+        scales(new_buffer<float>(rows * groups * most)) {}
 
-  Digits row(int64_t r) const {
-    return {digits.get() + r * groups * GROUP * count, corrections.get() + r * pieces * count * WIDEST,
-            scales.get() + r * groups * count, columns, group, count};
+  Digits row(int64_t r, int count, uint32_t powers) const {
+    return {digits.get() + r * groups * GROUP * most, corrections.get() + r * pieces * most * WIDEST,
+            scales.get() + r * groups * most, columns, group, count, powers};
   }
 };
 
@@ -88,8 +88,9 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
       scales[i] = weights.scales(std::min(channel[i], last - 1));
     }
     const WeightRows some{packed, weights.group ? scales : nullptr, count, weights.row_bytes(), weights.bits};
-    for (int64_t r = 0; r < rows; r += MOST_ROWS) {
-      const int64_t some_rows = std::min(MOST_ROWS, rows - r);
+    for (int64_t r = 0, some_rows; r < rows; r += some_rows) {
+      some_rows = 1;  // of as many digits
+      while (some_rows < std::min(MOST_ROWS, rows - r) && x[r + some_rows].count == x[r].count) ++some_rows;
       dot(some, x.data() + r, some_rows, sums);
       for (int64_t k = 0; k < some_rows; ++k)
         for (int64_t i = 0; i < count; ++i)
@@ -98,20 +99,25 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
   }
 }
 
-// x: (rows, columns), as `count` digits.  out: (rows, channels).  left: as of be_linear_digits, or null: then all rows are
-// multiplied.
+// x: (rows, columns), as `count` digits, or one more where a few are far larger.  out: (rows, channels).  left: as of
+// be_linear_digits, or null: then all rows are multiplied.
 int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count, float* out, uint8_t* left, int threads) {
   const bool whole = has_whole_values(weights.bits) && weights.columns >= FEWEST_COLUMNS;
-  const DigitRows digits(whole ? rows : 0, weights, count);
+  const DigitRows digits(whole ? rows : 0, weights, count + 1);
   std::vector<Digits> exact;
   std::vector<float*> exact_out;
   std::vector<const float*> others;
   std::vector<float*> others_out;
   const auto split = split_digits_kernel.pick();
   for (int64_t r = 0; r < rows; ++r) {
-    const bool is_exact = whole && split(x + r * weights.columns, weights.bits, digits.row(r));
+    Digits row = digits.row(r, count, 4);
+    bool is_exact = whole && split(x + r * weights.columns, weights.bits, row);
+    if (whole && !is_exact) {
+      row = digits.row(r, count + 1, 12);
+      is_exact = split(x + r * weights.columns, weights.bits, row);
+    }
     if (is_exact) {
-      exact.push_back(digits.row(r));
+      exact.push_back(row);
       exact_out.push_back(out + r * weights.channels);
     } else {
       others.push_back(x + r * weights.columns);
@@ -189,8 +195,8 @@ BE_EXPORT int be_linear_codes(const PlannedCodes* p, const void* x, void* out) {
   for (int64_t c = 0; c < p->channels; ++c) factor[c] = p->factor[c] * *p->scale;
   const Weights weights{p->packed, factor.get(), p->bias, p->channels, p->columns, 0, bits};
   const DigitRows digits(1, weights, 2);
-  split_bytes_kernel.pick()(codes.get(), x_bits == 1 ? 1 : static_cast<int>(-*p->low), bits, digits.row(0));
-  const std::vector<Digits> row{digits.row(0)};
+  split_bytes_kernel.pick()(codes.get(), x_bits == 1 ? 1 : static_cast<int>(-*p->low), bits, digits.row(0, 2, 0));
+  const std::vector<Digits> row{digits.row(0, 2, 0)};
   const std::vector<float*> to{static_cast<float*>(out)};
   parallel_for(p->channels, 1 + WEIGHTS / (p->columns + 1), static_cast<int>(p->threads),
                [&](int64_t first, int64_t last) { multiply_digits(weights, row, to, first, last); });

@@ -6,8 +6,9 @@
 //   q = 65536 * high + 256 * middle + low,   each digit a signed byte,
 //
 // which is as exact as float32 unless a group has values that are far larger than the others: a weight may be 0 there,
-// and the others then have fewer digits than they need. Sums of code * digit are exact; a sum of a group becomes float,
-// once for each digit, and is multiplied by s. Without the low digit, of 16 bits, it takes three quarters of the time.
+// and the others then have fewer digits than they need. Activations with such values get one digit more. Sums of
+// code * digit are exact; a sum of a group becomes float, once for each digit, and is multiplied by s. Without the low
+// digit, with 16 bits, it takes three quarters of the time.
 // The other widths are unpacked, and multiplied as floats, and so are activations whose digits would not be exact.
 #pragma once
 
@@ -42,13 +43,14 @@ struct Digits {
   float* scales;
   int64_t columns;
   int64_t group;  // columns with one scale of weights, a power of two from 32; 0: all
-  int count;      // of digits: 2 or 3
+  int count;      // of digits: 2, 3 or 4
+  uint32_t powers;  // of two, of which half of the activations are to be no farther than that from the largest of 512
 };
 
-// Returns false where a value is not finite or tiny, or where the largest of a group is above about sixteen ordinary
-// ones (is_even of digits.h), or where sums would not fit. Up to there rounding to three digits, s / sqrt(12), moves an
+// Returns false where a value is not finite or tiny, or where the largest of a group is above about 2**powers ordinary ones
+// (is_even of digits.h), or where sums would not fit. Up to a power of 4 rounding to three digits, s / sqrt(12), moves an
 // ordinary value by at most nine times 2**-24 of it, which is about half of what float32 sums of some hundred products are
-// off; rounding to two, nine times 2**-16.
+// off; rounding to two, nine times 2**-16. With one digit more, powers may be 12.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
 // Two digits of bytes[k] - zero, exact. Their products and sums are integers, so that floats hold them exactly below 2**24.

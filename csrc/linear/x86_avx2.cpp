@@ -35,7 +35,7 @@ inline float sum_of(__m256 v) {
 template <int DIGITS>
 inline __m256 scaled(const __m256i (&pairs)[DIGITS], const float* scales) {
   __m256 sum = _mm256_setzero_ps();
-#pragma GCC unroll 3
+#pragma GCC unroll 4
   for (int d = 0; d < DIGITS; ++d) {
     const __m256i fours = _mm256_madd_epi16(pairs[d], _mm256_set1_epi16(1));
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), _mm256_set1_ps(scales[d]), sum);
@@ -71,14 +71,14 @@ void dot_two(const uint8_t* a, const uint8_t* b, const float* scales_a, const fl
       if (groups > 1) present = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes * 8 / BITS / x.group)), lanes);
     }
     __m256i of_a[DIGITS], of_b[DIGITS];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int d = 0; d < DIGITS; ++d) of_a[d] = of_b[d] = load(corrections + d * WIDTH);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < bytes; i += WIDTH) {
 #pragma GCC unroll 8
       for (int j = 0; j < 8 / BITS; ++j, digits += DIGITS * WIDTH) {
         const __m256i wa = values<BITS>(load(from_a + i), j), wb = values<BITS>(load(from_b + i), j);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int d = 0; d < DIGITS; ++d) {
           const __m256i digit = load(digits + d * WIDTH);
           of_a[d] = _mm256_add_epi16(of_a[d], _mm256_maddubs_epi16(wa, digit));
@@ -168,7 +168,9 @@ void dot_digits_avx2(const WeightRows& weights, const Digits* x, int64_t rows, f
   const int bits = weights.bits;
   const auto of_two = bits == 1 ? dot_pairs<1, 2> : bits == 2 ? dot_pairs<2, 2> : dot_pairs<4, 2>;
   const auto of_three = bits == 1 ? dot_pairs<1, 3> : bits == 2 ? dot_pairs<2, 3> : dot_pairs<4, 3>;
-  for (int64_t r = 0; r < rows; ++r) (x[r].count == 2 ? of_two : of_three)(weights, x[r], sums + r * weights.count);
+  const auto of_four = bits == 1 ? dot_pairs<1, 4> : bits == 2 ? dot_pairs<2, 4> : dot_pairs<4, 4>;
+  const auto dot = x->count == 2 ? of_two : x->count == 3 ? of_three : of_four;
+  for (int64_t r = 0; r < rows; ++r) dot(weights, x[r], sums + r * weights.count);
 }
 
 void dot_avx2(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,

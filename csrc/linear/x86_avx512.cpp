@@ -49,7 +49,7 @@ __attribute__((noinline)) void add_piece(const uint8_t* const* weights, const fl
   __m512i total[ROWS][DIGITS][CHANNELS];
 #pragma GCC unroll 2
   for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int d = 0; d < DIGITS; ++d)
 #pragma GCC unroll 4
       for (int c = 0; c < CHANNELS; ++c) total[r][d][c] = _mm512_loadu_si512(x[r].corrections + d * WIDTH);
@@ -72,7 +72,7 @@ __attribute__((noinline)) void add_piece(const uint8_t* const* weights, const fl
                                    values<BITS>(_mm512_maskz_loadu_epi8(mask, w3 + place), j)};
 #pragma GCC unroll 2
       for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int d = 0; d < DIGITS; ++d) {
           const __m512i digits = _mm512_loadu_si512((r ? x1 : x0) + WIDTH * d);
 #pragma GCC unroll 4
@@ -86,17 +86,17 @@ __attribute__((noinline)) void add_piece(const uint8_t* const* weights, const fl
 #pragma GCC unroll 4
     for (int c = 0; c < CHANNELS; ++c) {
       __m512 factor[DIGITS];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int d = 0; d < DIGITS; ++d) factor[d] = _mm512_set1_ps(x[r].scales[d]);
       float* parts = sums + r * stride + 16 * c;
       __m512 sum = _mm512_load_ps(parts);
       if (scales) {
         const __m512 some = _mm512_maskz_loadu_ps(groups.present, scales[c] + groups.first);
         const __m512 scale = _mm512_permutexvar_ps(groups.of_lane, some);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int d = 0; d < DIGITS; ++d) factor[d] = _mm512_mul_ps(factor[d], scale);
       }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int d = 0; d < DIGITS; ++d) sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][d][c]), factor[d], sum);
       _mm512_store_ps(parts, sum);
     }
@@ -105,6 +105,7 @@ __attribute__((noinline)) void add_piece(const uint8_t* const* weights, const fl
 // A piece of all channels and rows after the other: what is read again is near then.
 template <int BITS, int DIGITS>
 void dot_pieces(const WeightRows& weights, const Digits* x, int64_t rows, float* sums) {
+  constexpr int TILE = DIGITS < 4 ? 2 : 1;  // rows whose accumulators fit the registers
   alignas(64) float parts[MOST_ROWS * MOST_CHANNELS * 16];
   std::memset(parts, 0, rows * weights.count * 16 * sizeof(float));
   const int64_t group = x->group, piece = piece_columns(group, BITS, WIDTH), columns = weights.row_bytes * 8 / BITS;
@@ -119,8 +120,8 @@ void dot_pieces(const WeightRows& weights, const Digits* x, int64_t rows, float*
       pieces[r] = {x[r].digits + DIGITS * column, x[r].corrections + p * DIGITS * WIDTH,
                    x[r].scales + column / GROUP * DIGITS};
     for (int64_t c = 0; c < weights.count; c += CHANNELS)
-      for (int64_t r = 0; r < rows; r += 2) {
-        const auto add = r + 1 < rows ? add_piece<BITS, DIGITS, 2> : add_piece<BITS, DIGITS, 1>;
+      for (int64_t r = 0; r < rows; r += TILE) {
+        const auto add = r + TILE <= rows ? add_piece<BITS, DIGITS, TILE> : add_piece<BITS, DIGITS, 1>;
         add(weights.packed + c, weights.scales ? weights.scales + c : nullptr, groups, column * BITS / 8,
             count * BITS / 8, pieces + r, parts + 16 * (r * weights.count + c), 16 * weights.count);
       }
@@ -180,7 +181,8 @@ void dot_digits_avx512(const WeightRows& weights, const Digits* x, int64_t rows,
   const int bits = weights.bits;
   const auto two = bits == 1 ? dot_pieces<1, 2> : bits == 2 ? dot_pieces<2, 2> : dot_pieces<4, 2>;
   const auto three = bits == 1 ? dot_pieces<1, 3> : bits == 2 ? dot_pieces<2, 3> : dot_pieces<4, 3>;
-  (x->count == 2 ? two : three)(weights, x, rows, sums);
+  const auto four = bits == 1 ? dot_pieces<1, 4> : bits == 2 ? dot_pieces<2, 4> : dot_pieces<4, 4>;
+  (x->count == 2 ? two : x->count == 3 ? three : four)(weights, x, rows, sums);
 }
 
 void dot_avx512(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,

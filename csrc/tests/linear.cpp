@@ -16,19 +16,19 @@ struct Near {
 
 // Digits have another order on every instruction set: splitting and multiplying are checked together.
 std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Random& random) {
-  const int bits = 1 << random.between(0, 2), count = static_cast<int>(random.between(2, 3));
+  const int bits = 1 << random.between(0, 2), count = static_cast<int>(random.between(2, 4));
   const int64_t group = random.between(0, 1) << random.between(5, 10), channels = CHANNELS * random.between(1, 3);
   const int64_t columns = group ? group * random.between(1, 6) : 8 * random.between(1, 200), rows = random.between(1, 4);
   const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP, pieces = groups * GROUP / 32;
   const std::vector<uint8_t> packed = random.bytes(channels * row_bytes);
   const std::vector<float> x = random.numbers(rows * columns, 1);
-  std::vector<int8_t> digits(rows * groups * GROUP * 3);
-  std::vector<uint8_t> corrections(rows * pieces * 3 * WIDEST);
-  std::vector<float> scales(rows * groups * 3), sums(rows * channels);
+  std::vector<int8_t> digits(rows * groups * GROUP * 4);
+  std::vector<uint8_t> corrections(rows * pieces * 4 * WIDEST);
+  std::vector<float> scales(rows * groups * 4), sums(rows * channels);
   std::vector<Digits> to;
   for (int64_t r = 0; r < rows; ++r) {
-    to.push_back({digits.data() + r * groups * GROUP * 3, corrections.data() + r * pieces * 3 * WIDEST,
-                  scales.data() + r * groups * 3, columns, group, count});
+    to.push_back({digits.data() + r * groups * GROUP * 4, corrections.data() + r * pieces * 4 * WIDEST,
+                  scales.data() + r * groups * 4, columns, group, count, 4});
     if (!split(x.data() + r * columns, bits, to.back())) return {};
   }
   const int64_t scale_count = group ? columns / group : 0;
@@ -61,7 +61,7 @@ std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction do
   std::vector<int8_t> digits(groups * GROUP * 2);
   std::vector<uint8_t> corrections(groups * 3 * WIDEST);
   std::vector<float> scales(groups * 3), sums(CHANNELS);
-  const Digits to{digits.data(), corrections.data(), scales.data(), columns, 0, 2};
+  const Digits to{digits.data(), corrections.data(), scales.data(), columns, 0, 2, 0};
   split(bytes.data(), static_cast<int>(random.between(0, 128)), bits, to);
   const uint8_t* weights[CHANNELS];
   for (int64_t c = 0; c < CHANNELS; ++c) weights[c] = packed.data() + c * row_bytes;

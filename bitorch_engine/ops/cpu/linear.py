@@ -222,8 +222,9 @@ def _are_digits(bits: int, columns: int) -> bool:
 
 
 def _digits(dtype: torch.dtype) -> int:
-    """Bytes of an activation. With two, results are off by 3e-5 of their size, a fiftieth of what rounding to bfloat16
-    is; with activations that are just even enough by 1.4e-4, two thirds of rounding to float16, which has three."""
+    """Bytes of an activation; uneven ones have one more. With two, results are off by 3e-5 of their size, a fiftieth of
+    what rounding to bfloat16 is; with activations that are just even enough by 1.4e-4, two thirds of rounding to
+    float16, which has three."""
     if dtype is torch.float32:
         return 3 if torch.get_float32_matmul_precision() == "highest" else 2
     return 2 if dtype is torch.bfloat16 else 3
