@@ -157,13 +157,21 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
   return count;
 }
 
-// Gets the lines of the cache that the next tile writes, while this one is computed.
+constexpr int64_t LINE = 64 / sizeof(float);  // of the cache
+
+// Gets the lines that the next tile writes, while this one is computed.
 void fetch_results(const Call& call, const Place& place, int64_t channel, int64_t channels) {
-  constexpr int64_t LINE = 64 / sizeof(float);
   for (int64_t m = 0; m < place.count; ++m) {
     const float* out = reinterpret_cast<const float*>(call.out) + place.out + m * place.out_step + channel;
     for (int64_t o = 0; o < channels; o += LINE) __builtin_prefetch(out + o, 1);
   }
+}
+
+// The same for planes, from `channel` on. Inlined: GCC leaves out calls of what does nothing but fetch.
+__attribute__((always_inline)) inline void fetch_planes(const Call& call, const Place& place, int64_t channel,
+                                                        int64_t channels) {
+  const float* out = reinterpret_cast<const float*>(call.out) + place.out + channel * call.out_channel;
+  for (int64_t o = 0; o < channels; ++o) __builtin_prefetch(out + o * call.out_channel, 1, 2);
 }
 
 // One thread's share: tiles first_tile .. last_tile of all boxes, blocks first_block .. last_block of one group.
@@ -174,6 +182,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
   const int64_t results = call.results(), group_start = group * call.units();
   const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + call.units() / call.table->longest)]);
+  const int64_t share = COLUMNS / (LINE / call.tile_pixels());  // of the channels of planes, whose lines a few tiles fill
   const int64_t tiles_at_once = call.lookup ? LOOKED_UP_AT_ONCE / call.lookup->pixels : PIXELS_AT_ONCE / MOST_PIXELS;
   const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * lookup::bytes_of(channels), MOST_BLOCKS) : 0);
   const auto rows = new_buffer<float>(tiles_at_once * call.tile_pixels() * COLUMNS);  // or totals, int32
@@ -205,7 +214,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       // Tiles store floats where they belong, or, for planes of pixels, in rows, which are turned.
       const bool floats = call.dtype == FLOAT32 && some >= tile.blocks * LANES, in_place = floats && call.out_channel == 1;
       const bool turned = floats && !in_place && call.lookup;
-      int64_t row = 0, number = 0;
+      int64_t row = 0, number = 0, fetched = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Place& place = places[i];
         if (place.box != current) {
@@ -229,6 +238,8 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           tile.out = rows.get() + row * COLUMNS;
           tile.out_step = COLUMNS;
           if (!turned) tile.totals = reinterpret_cast<int32_t*>(tile.out);
+          else fetch_planes(call, place, channel + fetched, std::min(share, some - fetched));
+          fetched = fetched + share < some ? fetched + share : 0;
           uint8_t* const to = call.out + (place.out + channel * call.out_channel) * call.element();
           const int64_t step = place.out_step * call.element();
           Stretch* const last = stretches.data() + number - 1;
