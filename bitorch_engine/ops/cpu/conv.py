@@ -14,8 +14,8 @@ from bitorch_engine.ops.cpu import binary, linear
 from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
-from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, make_plan, planned
-from bitorch_engine.ops.library import Plan
+from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, make_plan, planned, with_short_bias
+from bitorch_engine.ops.library import Plan, is_plain
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
@@ -240,6 +240,9 @@ def plan(
     *fields: Any,
 ) -> Plan | None:
     """A plan of ``conv``."""
+    if bias is not None and bias.dtype in (torch.bfloat16, torch.float16) and is_plain(bias):
+        head = (x, scale, low, a_bit, packed, channel_scale, w_bit)
+        return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
     if not can_plan(packed, scale, low, channel_scale, bias):
         return None
     layer = (scale, low, packed, channel_scale, bias)

@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +86,31 @@ def make_plan(
         if kernel(address, x.data_ptr(), y.data_ptr()):
             y.fill_(math.nan)
         return y
+
+    return plan
+
+
+def with_short_bias(make: Callable[[Tensor], Plan | None], bias: Tensor) -> Plan | None:
+    """The plan that ``make`` makes of a bias, where its floats are not those that kernels read: they read a copy, which
+    every call writes anew."""
+    with torch.inference_mode(False):  # or it could not be written outside of it
+        copy = bias.detach().to(torch.float32)
+    made = make(copy)
+    if made is None:
+        return None
+
+    def plan(
+        x: Tensor,
+        scale: Tensor | None,
+        low: Tensor | None,
+        packed: Tensor,
+        channel_scale: Tensor,
+        bias_now: Tensor | None,
+    ) -> Tensor | None:
+        if bias_now is not bias or bias.shape != copy.shape:
+            return None
+        copy.copy_(bias)
+        return made(x, scale, low, packed, channel_scale, copy)
 
     return plan
 

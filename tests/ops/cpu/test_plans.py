@@ -1,5 +1,7 @@
 """A plan of an op is the op, for as long as its tensors are those of which it was made."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,7 +70,7 @@ def test_it_keeps_what_its_kernel_reads() -> None:
     [
         (SCALE.double(), LOW, PACKED, CHANNEL_SCALE, BIAS),
         (SCALE, LOW, PACKED, CHANNEL_SCALE.half(), BIAS),
-        (SCALE, LOW, PACKED, CHANNEL_SCALE, BIAS.bfloat16()),
+        (SCALE, LOW, PACKED, CHANNEL_SCALE, BIAS.double()),
         (SCALE, LOW, PACKED, CHANNEL_SCALE, torch.ones(1).expand(16)),
         (SCALE, LOW, PACKED, torch.rand(32)[::2], BIAS),
     ],
@@ -76,6 +78,25 @@ def test_it_keeps_what_its_kernel_reads() -> None:
 )
 def test_what_a_kernel_cannot_read_has_no_plan(layer: tuple[Tensor, ...]) -> None:
     assert ops.plan("conv", *conv_arguments(layer=layer)) is None
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_of_short_floats_is_read_by_every_call(dtype: torch.dtype, mode: Any) -> None:
+    bias, exact = BIAS.to(dtype), BIAS.to(dtype).float()
+    layer = (*LAYER[:4], bias)
+    with mode():
+        plan = ops.plan("conv", *conv_arguments(layer=layer))
+    assert plan is not None
+    for called_in in (torch.inference_mode, torch.no_grad):
+        for _ in range(2):
+            with called_in():
+                assert torch.equal(plan(X, *layer), ops.conv(*conv_arguments(layer=(*LAYER[:4], exact))))
+            bias.mul_(2)
+            exact.mul_(2)
+    assert plan(X, *layer[:4], bias.clone()) is None
+    bias.data = bias[:8]
+    assert plan(X, *layer) is None
 
 
 def test_nothing_is_planned_where_something_listens() -> None:
