@@ -66,10 +66,10 @@ conv_grad_weight_float = define(
     quantized_conv.conv_grad_weight_float,
     quantized_conv.conv_grad_weight_float_fake,
 )
-float_conv_grad_weight = define(
-    f"float_conv_grad_weight(Tensor grad, Tensor x, {_GEOMETRY}) -> Tensor",
-    quantized_conv.float_conv_grad_weight,
-    quantized_conv.float_conv_grad_weight_fake,
+conv_grad_weight_dense = define(
+    f"conv_grad_weight_dense(Tensor grad, Tensor x, {_GEOMETRY}) -> Tensor",
+    quantized_conv.conv_grad_weight_dense,
+    quantized_conv.conv_grad_weight_dense_fake,
 )
 update_ = define(
     "update_(Tensor(a!) packed, Tensor(b!) residual, Tensor scale, Tensor grad, Tensor(c!)? exp_avg_s,"

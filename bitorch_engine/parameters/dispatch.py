@@ -31,9 +31,9 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
         return _communicate(packed_type, func, args, kwargs)
     if func._schema.is_mutable:
         return _mutate(packed_type, func, args, kwargs)
-    recorded = torch.is_grad_enabled() and any(isinstance(a, packed_type) and a.requires_grad for a in args)
     if func is aten.convolution_backward.default and isinstance(args[2], packed_type) and args[0].is_cpu:
         return _convolution_backward(func, *args)
+    recorded = torch.is_grad_enabled() and any(isinstance(a, packed_type) and a.requires_grad for a in args)
     channels_last = func in _CONVOLUTIONS and ops.is_channels_last(args[0])
     args, kwargs = _dequantize((args, kwargs), packed_type, channels_last)
     result = func(*args, **kwargs)
@@ -197,7 +197,7 @@ def _convolution_backward(
     *geometry, (need_x, need_weight, need_bias) = rest
     grad_x = grad_weight = grad_bias = None
     if need_weight:
-        grad_weight = ops.float_conv_grad_weight(grad, x, weight.shape, *geometry, ())
+        grad_weight = ops.conv_grad_weight_dense(grad, x, weight.shape, *geometry, ())
     if need_x or need_bias:
         dense = weight.dequantize(channels_last=ops.is_channels_last(grad))
         grad_x, _, grad_bias = func(grad, x, dense, bias_sizes, *geometry, [need_x, False, need_bias])

@@ -1,8 +1,6 @@
 #include "qconv/qconv.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>

@@ -40,15 +40,19 @@ std::vector<Region> regions(const Product& p, const Phase& phase, const Tiles& t
   const std::vector<Span> cut[3] = {spans_of(p, phase, 0), spans_of(p, phase, 1), spans_of(p, phase, 2)};
   // Any of the dimensions may be cut. What is left out has to be worth it.
   int64_t least = cost(p, all, tiles) * 63 / 64;
+  constexpr size_t MOST = 64;  // a long kernel may have one for each of its taps
   for (int dimensions = 1; dimensions < 8; ++dimensions) {
     const Span *first[3], *last[3];
     bool there = true;
+    size_t count = 1;
     for (int d = 0; d < 3; ++d) {
       const bool cuts = dimensions >> d & 1;
       first[d] = cuts ? cut[d].data() : &all.span[d];
       last[d] = first[d] + (cuts ? cut[d].size() : 1);
       there &= first[d] < last[d];
+      count *= cuts ? cut[d].size() : 1;
     }
+    if (!there || count > MOST) continue;
     const auto for_each = [&](const auto& visit) {
       for (const Span* z = first[0]; z < last[0]; ++z)
         for (const Span* y = first[1]; y < last[1]; ++y)
@@ -56,7 +60,7 @@ std::vector<Region> regions(const Product& p, const Phase& phase, const Tiles& t
     };
     int64_t sum = 0;
     for_each([&](const Region& region) { sum += cost(p, region, tiles); });
-    if (!there || sum >= least) continue;
+    if (sum >= least) continue;
     least = sum;
     found.clear();
     for_each([&](const Region& region) { found.push_back(region); });

@@ -32,7 +32,8 @@ struct Tiles {
   int64_t pixels, preparation;
 };
 
-// They in regions: one, or several where the products that are left out outweigh the tiles that are not full.
+// The pixels of a phase in regions: one, or several where the products that are left out outweigh the tiles that are not
+// full.
 std::vector<Region> regions(const Product& product, const Phase& phase, const Tiles& tiles);
 
 }  // namespace bitorch_engine

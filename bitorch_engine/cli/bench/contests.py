@@ -123,14 +123,15 @@ def _linears(rows: int, out_features: int, in_features: int, cold: int = COLD) -
 
 
 def _with_high_precision(function: Function) -> Function:
-    """With 16 bits of an activation, as torch.set_float32_matmul_precision allows them."""
+    """With 16 bits of an activation, as torch.set_float32_matmul_precision allows them. Setting it is in the time."""
+    before = torch.get_float32_matmul_precision()
 
     def call() -> object:
         torch.set_float32_matmul_precision("high")
         try:
             return function()
         finally:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision(before)
 
     return call
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bitorch_engine import ops
 from bitorch_engine.parameters import PackedParameter
@@ -57,6 +58,7 @@ class QuantizedConvolution(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         need_x, need_weight, need_scale, *_ = ctx.needs_input_grad
@@ -100,7 +102,7 @@ def _grad_weight(
     if a_bit is None or scale is None or low is None:
         if g_bit is not None:
             grad = _round_gradient(grad, g_bit, 1)
-        return ops.float_conv_grad_weight(grad, kept.to(grad.dtype), shape, *geometry).to(weight.dtype)
+        return ops.conv_grad_weight_dense(grad, kept.to(grad.dtype), shape, *geometry).to(weight.dtype)
     rest = (kept, scale, low, a_bit, ctx.shape, shape, *geometry, weight.dtype)
     if g_bit is None:
         return ops.conv_grad_weight_float(grad, *rest, ctx.channels_last)

@@ -28,7 +28,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize_gradient": quantize.quantize_gradient,
     "conv_grad_weight": grad_weight.conv_grad_weight,
     "conv_grad_weight_float": grad_weight.conv_grad_weight_float,
-    "float_conv_grad_weight": grad_weight.float_conv_grad_weight,
+    "conv_grad_weight_dense": grad_weight.conv_grad_weight_dense,
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,

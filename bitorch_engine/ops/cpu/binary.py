@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu.arranged import arranged
+from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
 from bitorch_engine.ops.cpu.plans import PlannedConv, planned
@@ -104,7 +104,7 @@ class _Problem:
     def arrange(self, packed: Tensor) -> Tensor:
         """The weight in the kernel's order."""
         place, bits = ctypes.addressof(self.arguments.geometry), self.arguments.bits
-        check_packed(packed, self.weights, bits)
+        packed = dense(packed, self.weights, bits)
         weights = torch.empty(_arranged_words(place, bits), dtype=torch.int32)
         _arrange(place, bits, packed.data_ptr(), weights.data_ptr(), self.arguments.threads)
         return weights
@@ -210,7 +210,7 @@ def conv_codes(
     if problem is None:
         head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
         return reference.conv_codes(*head, weight_shape, *rest)
-    check_packed(codes, prod(shape), a_bit)
+    codes = dense(codes, prod(shape), a_bit)
     return problem.run(codes, scale, low, packed, channel_scale, None, poison, dtype, keep=False)
 
 

@@ -17,9 +17,14 @@ def pack(values: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+def dense(packed: Tensor, count: int, bits: int) -> Tensor:
+    """``packed`` without gaps, as kernels read it. Raises what ``check_packed`` does."""
     check_packed(packed, count, bits)
-    packed = packed.contiguous()
+    return packed.contiguous()
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    packed = dense(packed, count, bits)
     values = torch.empty(count, dtype=torch.uint8)
     _unpack(packed.data_ptr(), values.data_ptr(), count, bits, threads())
     return values

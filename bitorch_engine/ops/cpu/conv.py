@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu import binary, linear
 from bitorch_engine.ops.cpu.arranged import arranged
+from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
-from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, make_plan, planned, with_short_bias
-from bitorch_engine.ops.library import Plan, is_plain
+from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, is_short, make_plan, planned, with_short_bias
+from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
@@ -87,7 +87,7 @@ class _Problem:
     def arrange(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The weight in the engine's order, and the sums of its codes: of each phase, or of each tap."""
         a = self.arguments
-        check_packed(packed, self.weights, a.w_bits)
+        packed = dense(packed, self.weights, a.w_bits)
         place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
         if self.narrow:
             weights = torch.empty(_depthwise_bytes(*place), dtype=torch.uint8)
@@ -201,6 +201,8 @@ def conv(
 ) -> Tensor:
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
+    if not _read_as_float32(scale, low, channel_scale):
+        return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     suits = binary.suits if a_bit == 1 else binary.suits_pairs
     if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
         return binary.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
@@ -217,7 +219,7 @@ def conv(
         None,
         threads(),
     )
-    if found is None or not _read_as_float32(scale, low, channel_scale):
+    if found is None:
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     problem, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype)
@@ -240,7 +242,7 @@ def plan(
     *fields: Any,
 ) -> Plan | None:
     """A plan of ``conv``."""
-    if bias is not None and bias.dtype in (torch.bfloat16, torch.float16) and is_plain(bias):
+    if is_short(bias):
         head = (x, scale, low, a_bit, packed, channel_scale, w_bit)
         return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
     if not can_plan(packed, scale, low, channel_scale, bias):
@@ -277,8 +279,10 @@ def conv_codes(
     *rest: Any,
 ) -> Tensor:
     *fields, dtype, channels_last = rest
+    head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
+    if not _read_as_float32(scale, low, channel_scale):
+        return reference.conv_codes(*head, weight_shape, *rest)
     if binary.suits(shape, a_bit, w_bit, weight_shape, *fields):
-        head = (codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit)
         return binary.conv_codes(*head, weight_shape, *rest)
     found = _problem(
         _CODES,
@@ -293,11 +297,9 @@ def conv_codes(
         channels_last,
         threads(),
     )
-    if found is None or not _read_as_float32(scale, low, channel_scale):
-        return reference.conv_codes(
-            codes, shape, scale, low, poison, a_bit, packed, channel_scale, w_bit, weight_shape, *rest
-        )
-    check_packed(codes, math.prod(shape), a_bit)
+    if found is None:
+        return reference.conv_codes(*head, weight_shape, *rest)
+    codes = dense(codes, math.prod(shape), a_bit)
     problem, result, strides = found
     y = torch.empty_strided(result, strides, dtype=dtype)
     return problem.run(codes, packed, channel_scale, y, scale, low, poison=poison, keep=False)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitorch_engine.bits import check_packed
-from bitorch_engine.ops.cpu.bits import unpack
+from bitorch_engine.ops.cpu.bits import dense, unpack
 from bitorch_engine.ops.cpu.geometry import geometry, is_narrow
 from bitorch_engine.ops.cpu.loading import FLOAT, INT, INT64, POINTER, current_isa, function, threads
 from bitorch_engine.ops.cpu.quantize import activation_values
@@ -45,7 +44,7 @@ def conv_grad_weight(
     c = Convolution(*fields)
     if len(shape) > 5 or min(*shape, *grad_codes.shape, *weight_shape) < 1:
         return reference.conv_grad_weight(grad_codes, grad_scale, codes, scale, low, a_bit, shape, weight_shape, *rest)
-    check_packed(codes, prod(shape), a_bit)
+    codes = dense(codes, prod(shape), a_bit)
     out = c.output_shape(shape, weight_shape)
     if c.transposed:
         place = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=shape)
@@ -81,20 +80,20 @@ def conv_grad_weight_float(
 ) -> Tensor:
     *fields, dtype, channels_last = rest
     c = Convolution(*fields)
-    if not (grad.dtype is torch.float32 and _goes_by_columns(c, shape, weight_shape)):
+    if not (grad.dtype is torch.float32 and _goes_by_columns(c, shape, weight_shape, grad.shape)):
         values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
         return c.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
-    check_packed(codes, prod(shape), a_bit)
-    values = codes.contiguous() if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
+    codes = dense(codes, prod(shape), a_bit)
+    values = codes if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
     place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
     fill = partial(_columns, place.address, values.data_ptr(), 1 if a_bit == 1 else int(-low))
     return _sum_columns(grad, fill, float(scale), weight_shape).to(dtype)
 
 
-def float_conv_grad_weight(grad: Tensor, x: Tensor, weight_shape: Sequence[int], *fields: Any) -> Tensor:
+def conv_grad_weight_dense(grad: Tensor, x: Tensor, weight_shape: Sequence[int], *fields: Any) -> Tensor:
     c = Convolution(*fields)
     floats = grad.dtype is x.dtype is torch.float32
-    if not (floats and _goes_by_columns(c, x.shape, weight_shape)):
+    if not (floats and _goes_by_columns(c, x.shape, weight_shape, grad.shape)):
         return c.grad_weight(grad, x, weight_shape).contiguous()
     values = x.movedim(1, -1).contiguous()
     place = geometry(x.shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
@@ -106,24 +105,29 @@ def _sum_columns(grad: Tensor, fill: Callable[..., None], scale: float, weight_s
     rows = grad.movedim(1, -1).reshape(-1, weight_shape[0])  # (result pixels, C_out)
     length = prod(weight_shape[1:])
     step = min(rows.shape[0], max(1, COLUMNS // length))
-    columns = torch.empty(step, length)
-    total, out = torch.empty(weight_shape[0], length), torch.empty(list(weight_shape))
+    sizes = ((step, length), (weight_shape[0], length), tuple(weight_shape))
+    columns, total, out = (torch.empty(size, dtype=torch.float32) for size in sizes)
     for first in range(0, rows.shape[0], step):
         some = rows[first : first + step]
         fill(first, len(some), columns.data_ptr(), threads())
         total.addmm_(some.T, columns[: len(some)], beta=int(first > 0))
-    sizes = weight_shape[0], length // weight_shape[1], weight_shape[1]
-    _taps_last(total.data_ptr(), *sizes, scale, out.data_ptr(), threads())
+    taps = length // weight_shape[1]
+    _taps_last(total.data_ptr(), weight_shape[0], taps, weight_shape[1], scale, out.data_ptr(), threads())
     return out
 
 
-def _goes_by_columns(c: Convolution, shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
+def _goes_by_columns(
+    c: Convolution, shape: Sequence[int], weight_shape: Sequence[int], grad_shape: Sequence[int]
+) -> bool:
     """Whether torch's matrix product is faster than its convolution's gradient. With AVX-512 they were not compared.
 
-    shape: (N, C, *spatial).
+    Shapes that do not fit each other are left to torch, which says what is wrong.
     """
-    plain = len(c.stride) in (1, 2, 3) and not c.transposed and c.groups == 1
-    return plain and current_isa() == "avx2" and shape[0] > 0 and min(weight_shape[:2]) >= _FEWEST_CHANNELS
+    plain = 1 <= len(c.stride) <= 3 and not c.transposed and c.groups == 1 and shape[0] > 0
+    if not plain or current_isa() != "avx2" or min(weight_shape[:2]) < _FEWEST_CHANNELS:
+        return False
+    fit = len(shape) == len(weight_shape) == len(c.stride) + 2 and shape[1] == weight_shape[1]
+    return fit and list(grad_shape) == c.output_shape(shape, weight_shape)
 
 
 def _bytes(codes: Tensor, bits: int, count: int) -> Tensor:

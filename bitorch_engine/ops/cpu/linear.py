@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitorch_engine.bits import check_packed
+from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
-from bitorch_engine.ops.cpu.plans import can_plan, make_plan, planned
+from bitorch_engine.ops.cpu.plans import can_plan, is_short, make_plan, planned, with_short_bias
 from bitorch_engine.ops.cpu.quantize import dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
@@ -85,7 +86,7 @@ def quantized_row(
     weight_shape: Sequence[int],
 ) -> tuple[Any, ctypes.Structure]:
     """A kernel, and what it reads besides x, for the integer product of a row. It reads the packed weight as it is."""
-    check_packed(packed, math.prod(weight_shape), w_bit)
+    packed = dense(packed, math.prod(weight_shape), w_bit)
     structure = _PlannedCodes(
         scale.data_ptr(),
         low.data_ptr(),
@@ -103,12 +104,12 @@ def quantized_row(
 def linear_weight_only(
     x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int, group_size: int = 0
 ) -> Tensor:
-    rows = channel_scale.shape[0] if group_size else channel_scale.numel()
-    check_packed(packed, rows * columns, bits)
-    few = x.numel() // max(1, columns)
     if group_size:
         reference.check_groups(channel_scale, columns, group_size)
-    if x.numel() == 0 or rows == 0:
+    rows = channel_scale.shape[0] if group_size else channel_scale.numel()
+    packed = dense(packed, rows * columns, bits)
+    few = x.numel() // max(1, columns)
+    if x.numel() == 0 or rows == 0 or x.shape[-1] != columns:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
     scale, group = _in_powers(channel_scale, columns, group_size)
     if x.dtype in DTYPES and _suits(few, bits, columns) and (group == 0 or group >= _SMALLEST_GROUP):
@@ -123,17 +124,24 @@ def linear_weight_only(
     return _by_blocks(x, packed, channel_scale.reshape(rows, -1), bits, bias, columns)
 
 
-def plan(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int) -> Plan | None:
-    """A plan of ``linear_weight_only``, for a few contiguous rows of float32."""
+def plan(
+    x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int, group_size: int = 0
+) -> Plan | None:
+    """A plan of ``linear_weight_only``, for a few contiguous rows of float32 and one scale a row of the weight."""
+    if is_short(bias):
+        return with_short_bias(lambda copy: plan(x, packed, channel_scale, bits, copy, columns, group_size), bias)
     few = x.numel() // max(1, columns)
     if not (
-        x.dtype is torch.float32
+        group_size == 0
+        and x.dtype is torch.float32
         and x.is_contiguous()
+        and x.shape[-1] == columns
         and _suits(few, bits, columns)
         and can_plan(packed, channel_scale, bias)
     ):
         return None
     channels, digits = channel_scale.numel(), _digits(x.dtype)
+    check_packed(packed, channels * columns, bits)
     structure = _Planned(
         few,
         packed.data_ptr(),
@@ -148,9 +156,13 @@ def plan(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tens
     out = torch.empty([*x.shape[:-1], channels], device="meta")
     layer = (None, None, packed, channel_scale, bias)
     made = make_plan(_planned, structure, out.shape, out.stride(), x.dtype, *layer)
-    return (
-        (lambda *now: made(*now) if _digits(torch.float32) == digits else None) if _are_digits(bits, columns) else made
-    )
+    if not _are_digits(bits, columns):
+        return made
+
+    def at_this_precision(*now: Any) -> Tensor | None:
+        return made(*now) if _digits(torch.float32) == digits else None
+
+    return at_this_precision
 
 
 def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
@@ -226,8 +238,16 @@ def _digits(dtype: torch.dtype) -> int:
     what rounding to bfloat16 is; with activations that are just even enough by 1.4e-4, two thirds of rounding to
     float16, which has three."""
     if dtype is torch.float32:
-        return 3 if torch.get_float32_matmul_precision() == "highest" else 2
+        return 3 if _wants_float32() else 2
     return 2 if dtype is torch.bfloat16 else 3
+
+
+def _wants_float32() -> bool:
+    """Whether float32 products are to be as exact as float32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch does not say where the precision was set for a backend
+        return torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")  # type: ignore[attr-defined]
 
 
 def _few_rows(

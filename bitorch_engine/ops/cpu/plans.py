@@ -3,12 +3,12 @@
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from bitorch_engine.ops.cpu.loading import INT, POINTER, function, threads
+from bitorch_engine.ops.cpu.loading import INT, POINTER, current_isa, function, threads
 from bitorch_engine.ops.library import Plan, is_plain
 
 
@@ -30,7 +30,7 @@ def can_plan(packed: Tensor, *others: Tensor | None) -> bool:
 
     Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen.
     """
-    if packed.is_inference() or packed.is_shared() or not is_plain(packed):
+    if packed.is_inference() or packed.is_shared() or not (is_plain(packed) and packed.is_contiguous()):
         return False
     tensors = (t for t in others if t is not None)
     return all(is_plain(t) and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
@@ -55,7 +55,7 @@ def make_plan(
     so that only their places count; ``scale`` and ``low`` are other tensors once they have other values.
     """
     structure.used = used
-    address, count = ctypes.byref(structure), threads()  # keeps the structure
+    address, count, isa = ctypes.byref(structure), threads(), current_isa()  # keeps the structure
     version, place, scale_place = packed._version, packed.data_ptr(), channel_scale.data_ptr()
     bias_place = None if bias is None else bias.data_ptr()
     float32, empty, thread_count = torch.float32, torch.empty_strided, threads
@@ -80,6 +80,7 @@ def make_plan(
             or (bias is not None and (bias.data_ptr() != bias_place or bias.dtype is not float32))
             or not (channel_scale.is_contiguous() and (bias is None or bias.is_contiguous()))
             or thread_count() != count
+            or current_isa() != isa  # the order of the weights depends on it
         ):
             return None
         y = empty(shape, strides, dtype=dtype)
@@ -88,6 +89,11 @@ def make_plan(
         return y
 
     return plan
+
+
+def is_short(bias: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a bias needs ``with_short_bias``."""
+    return bias is not None and bias.dtype in (torch.bfloat16, torch.float16) and is_plain(bias)
 
 
 def with_short_bias(make: Callable[[Tensor], Plan | None], bias: Tensor) -> Plan | None:

@@ -6,9 +6,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bitorch_engine.bits import check_packed, packed_size
+from bitorch_engine.bits import packed_size
+from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.loading import DTYPES, FLOAT, FLOAT64, INT, INT64, POINTER, function, threads
 from bitorch_engine.ops.reference import activation, gradient
+from bitorch_engine.ops.reference import bits as bits_reference
 from bitorch_engine.ops.reference.layout import channels_last_shape, is_channels_last, new_output
 
 _quantize = function(
@@ -27,7 +29,7 @@ _straight_through = function(
 def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype not in DTYPES or x.numel() == 0:
         return activation.quantize_activation(x, scale, low, bits)
-    x, channels_last = _dense(x)
+    x, channels_last = _in_order(x)
     codes, beyond = (torch.empty(packed_size(x.numel(), width), dtype=torch.uint8) for width in (bits, 1))
     poison = torch.empty((), dtype=torch.float32)
     _quantize(
@@ -49,7 +51,9 @@ def quantize_activation(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> tup
 def activation_values(
     codes: Tensor, scale: Tensor, low: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    check_packed(codes, prod(shape), bits)
+    if not scale.dtype is low.dtype is torch.float32:
+        return activation.activation_values(codes, scale, low, bits, shape, dtype, channels_last)
+    codes = dense(codes, prod(shape), bits)
     values = new_output(codes, shape, torch.float32, channels_last)
     _values(
         codes.data_ptr(),
@@ -67,14 +71,13 @@ def activation_values(
 def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if grad.dtype not in DTYPES or grad.numel() == 0:
         return activation.activation_grads(grad, codes, beyond, low, bits)
-    check_packed(codes, grad.numel(), bits)
-    check_packed(beyond, grad.numel(), 1)
-    dense, channels_last = _dense(grad.to(torch.float32))
+    codes, beyond = dense(codes, grad.numel(), bits), dense(beyond, grad.numel(), 1)
+    values, channels_last = _in_order(grad.to(torch.float32))
     lowest = float(low)
-    out = torch.empty_like(dense)
+    out = torch.empty_like(values)
     total = _straight_through(
-        dense.data_ptr(),
-        *_sizes(dense),
+        values.data_ptr(),
+        *_sizes(values),
         channels_last,
         codes.data_ptr(),
         beyond.data_ptr(),
@@ -90,8 +93,10 @@ def activation_grads(grad: Tensor, codes: Tensor, beyond: Tensor, low: Tensor, b
 def dequantize(
     packed: Tensor, channel_scale: Tensor, bits: int, columns: int, dtype: torch.dtype, taps: int = 1
 ) -> Tensor:
+    if channel_scale.dtype is not torch.float32 or columns % taps:
+        return bits_reference.dequantize(packed, channel_scale, bits, columns, dtype, taps)
     out = torch.empty(channel_scale.numel(), columns, dtype=torch.float32)
-    check_packed(packed, out.numel(), bits)
+    packed = dense(packed, out.numel(), bits)
     scale, rest = channel_scale.contiguous(), (bits, out.data_ptr(), threads())
     if taps == 1:
         _dequantize(packed.data_ptr(), *out.shape, scale.data_ptr(), *rest)
@@ -105,17 +110,17 @@ def quantize_gradient(
 ) -> tuple[Tensor, Tensor]:
     if grad.dtype not in DTYPES or grad.numel() == 0:
         return gradient.quantize_gradient(grad, channel_factor, bits, keep, seed)
-    dense, channels_last = _dense(grad.to(torch.float32))
-    sizes = _sizes(dense)
+    values, channels_last = _in_order(grad.to(torch.float32))
+    sizes = _sizes(values)
     largest = torch.empty(sizes[:2], dtype=torch.float32)
-    _largest(dense.data_ptr(), *sizes, channels_last, largest.data_ptr(), threads())
+    _largest(values.data_ptr(), *sizes, channels_last, largest.data_ptr(), threads())
     factor = None if channel_factor is None else channel_factor.contiguous()
     if factor is not None:
         largest = (largest * factor).abs()
     scale, inverse = gradient.scale_and_inverse(largest.amax(1 - keep), bits)
     codes = torch.empty(channels_last_shape(grad.shape), dtype=torch.int8)
     _round(
-        dense.data_ptr(),
+        values.data_ptr(),
         *sizes,
         channels_last,
         None if factor is None else factor.data_ptr(),
@@ -129,7 +134,7 @@ def quantize_gradient(
     return codes, scale.view([length if d == keep else 1 for d, length in enumerate(grad.shape)])
 
 
-def _dense(x: Tensor) -> tuple[Tensor, bool]:
+def _in_order(x: Tensor) -> tuple[Tensor, bool]:
     """The values with no gaps between them, and whether they are in channels-last order."""
     channels_last = is_channels_last(x)
     return (x if channels_last else x.contiguous()), channels_last

@@ -45,9 +45,8 @@ class Convolution(NamedTuple):
             padded[-1 - i] += self.pad[2 * i] + self.pad[2 * i + 1]
         channels_last = is_channels_last(grad)
         x = new_output(grad, padded, grad.dtype, channels_last)  # only its shape and order are used
-        if channels_last and not is_channels_last(
-            weight
-        ):  # torch goes by the order of both; it would copy the gradient
+        # torch goes by the order of both, and would copy the gradient otherwise.
+        if channels_last and not is_channels_last(weight):
             weight = in_memory_format(weight, True)
         grad_x = self._backward(grad, x, weight, [True, False, False])[0]
         return F.pad(grad_x, [-n for n in self.pad]) if self.pad else grad_x

@@ -1,7 +1,7 @@
-"""Convolutions of packed weights with quantized activations, and with quantized gradients: the integer products.
+"""Convolutions of packed weights with quantized activations, and the gradients, quantized or float.
 
-Every op here takes the weight as its packed codes (``bits.packing``, rows of output channels), and its geometry as the
-fields of ``Convolution``, after the weight's shape. A linear layer is the convolution of (M, K, 1) by (N, K, 1).
+Ops take a weight as its packed codes (``bits.packing``, rows of output channels), and the geometry as the fields of
+``Convolution``, after the weight's shape. A linear layer is the convolution of (M, K, 1) by (N, K, 1).
 """
 
 from collections.abc import Sequence
@@ -270,7 +270,8 @@ def conv_grad_weight_float(
 ) -> Tensor:
     """The gradient of a weight of ``weight_shape`` from a float gradient, (N, C_out, *out), in ``dtype``.
 
-    codes: of ``quantize_activation``, of ``shape``.  channels_last: the memory order of that activation.
+    codes: of ``quantize_activation``, of ``shape``.  channels_last: the memory order of that activation, which may
+    decide what is faster.
     """
     geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups, pad)
     values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
@@ -298,7 +299,7 @@ def conv_grad_weight_float_fake(
     return grad.new_empty(weight_shape, dtype=dtype)
 
 
-def float_conv_grad_weight(
+def conv_grad_weight_dense(
     grad: Tensor,
     x: Tensor,
     weight_shape: Sequence[int],
@@ -315,7 +316,7 @@ def float_conv_grad_weight(
     return geometry.grad_weight(grad, x, weight_shape).contiguous()
 
 
-def float_conv_grad_weight_fake(
+def conv_grad_weight_dense_fake(
     grad: Tensor,
     x: Tensor,
     weight_shape: Sequence[int],

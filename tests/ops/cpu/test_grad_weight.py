@@ -103,7 +103,7 @@ def test_of_a_float_gradient(isa: str, seed: int, monkeypatch: pytest.MonkeyPatc
     with cpu.cap_isa(isa):
         found = (
             ops.conv_grad_weight_float(grad, codes, scale, low, bits, shape, weight, *geometry, dtype, channels_last),
-            ops.float_conv_grad_weight(grad, values, weight, *geometry),
+            ops.conv_grad_weight_dense(grad, values, weight, *geometry),
         )
     convolution = ops.Convolution(*geometry)
     wanted = convolution.grad_weight(grad.double(), values.double(), weight)
@@ -134,6 +134,6 @@ def test_the_ops_pass_opcheck() -> None:
     for name, arguments in {
         "conv_grad_weight": problem(5),
         "conv_grad_weight_float": (grad, codes, *rest),
-        "float_conv_grad_weight": (grad, x, *rest[4:-2]),
+        "conv_grad_weight_dense": (grad, x, *rest[4:-2]),
     }.items():
         torch.library.opcheck(getattr(torch.ops.bitorch_engine, name).default, arguments)

@@ -46,6 +46,15 @@ def test_another_tensor_is_another_plan(place: int) -> None:
     assert plan(X, *LAYER) is not None
 
 
+@pytest.mark.skipif(len(cpu.available_isas()) < 2, reason="there is one instruction set")
+def test_another_instruction_set_is_another_plan() -> None:
+    plan = ops.plan("conv", *conv_arguments())
+    assert plan is not None
+    with cpu.cap_isa("scalar"):
+        assert plan(X, *LAYER) is None
+    assert plan(X, *LAYER) is not None
+
+
 def test_a_weight_that_moved_is_another_one() -> None:
     layer = tuple(tensor.clone() for tensor in LAYER)
     plan = ops.plan("conv", *conv_arguments(layer=layer))

@@ -29,9 +29,9 @@ class nBitLinear(LowBitLayer, nn.Linear):
     g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
 
-    On a CPU without autograd, a few rows of float32 are multiplied by weights of 1, 2 and 4 bits as exactly as torch
-    does it, or with 16 bits of each activation (off by 3e-5 of the result's size, and faster) where
-    ``torch.set_float32_matmul_precision`` is "high" or "medium", or the input is bfloat16.
+    On a CPU, few rows of a float input meet weights of 1, 2 and 4 bits without becoming floats, in training too:
+    as exactly as torch multiplies float32, or faster with 16 bits of each activation, off by 3e-5 of the result's size,
+    where ``torch.set_float32_matmul_precision`` is "high" or "medium", or the input is bfloat16.
     """
 
     parameter_class: ClassVar[type[PackedParameter]] = nBitLinearParameter
@@ -59,11 +59,11 @@ class nBitLinear(LowBitLayer, nn.Linear):
         if not isinstance(weight, PackedParameter) or torch.is_grad_enabled():
             return WeightOnlyLinear.apply(x, self.weight, self.bias)
         bias: Tensor | None = self._parameters.get("bias")
+        head, tail = (x, weight.packed, weight.channel_scale, self.w_bit), self.in_features
+        self._remember(ops.plan("linear_weight_only", *head, bias, tail), x, weight.packed)
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
-        arguments = (x, weight.packed, weight.channel_scale, self.w_bit, bias, self.in_features)
-        self._remember(ops.plan("linear_weight_only", *arguments), x, weight.packed)
-        return ops.linear_weight_only(*arguments)
+        return ops.linear_weight_only(*head, bias, tail)
 
 
 class nBitLinearBase(WeightAccess, nBitLinear):

@@ -466,6 +466,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"must have 3 \(unbatched\) or 4 dimensions, got \("):
             nBitConv2d(3, 4, 3, **bits)(torch.randn(shape))
 
+    def test_a_second_derivative_of_a_rounded_product(self) -> None:
+        layer, x = nBitConv2d(4, 6, 3, a_bit=8), torch.randn(2, 4, 5, 5, requires_grad=True)
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
     def test_a_refused_input_does_not_set_the_scale(self) -> None:
         layer = nBitConv2d(3, 4, 3, a_bit=4)
         with pytest.raises(ValueError, match="channels"):
