@@ -184,6 +184,10 @@ BE_EXPORT int64_t be_depthwise_arranged_bytes(const Geometry* geometry, int scat
   return weights_before(p, p.phases.size());
 }
 
+BE_EXPORT int64_t be_depthwise_phases(const Geometry* geometry, int scatter, int rows_are_results) {
+  return static_cast<int64_t>(Product(*geometry, scatter, rows_are_results).phases.size());
+}
+
 // Result channels, padded.
 BE_EXPORT int64_t be_depthwise_lanes(const Geometry* geometry, int scatter, int rows_are_results) {
   return Slab::lanes(Product(*geometry, scatter, rows_are_results));

@@ -34,7 +34,7 @@ struct DepthwiseLines {
   int64_t lines, line_step;
   int64_t channels;  // lanes that are written; start, factor and bias have whole blocks, or bias is null
   const int8_t* weights;
-  const int32_t* start;  // less than the largest sum of all products
+  const int32_t* start;  // what takes the zero point away again; smaller than the largest sum of all products
   const float *factor, *bias;
   int64_t fit;  // so many pairs have sums that fit 16 bits together; 0: not even one. `start` added, they still do
   float* out;

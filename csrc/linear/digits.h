@@ -1,6 +1,5 @@
 // Activations as integers of some bytes, for vectors of WIDTH bytes whose sums are numbers of type Lane. Included once per
 // instruction set, so that the compiler uses its vectors.
-#include <cmath>
 #include <cstring>
 
 #include "linear/linear.h"
@@ -111,7 +110,7 @@ bool split_floats_of(const float* x, const Digits& to) {
     const float inverse = largest > 0 ? LARGEST / largest : 0;
     for (int d = 0; d < DIGITS; ++d) scales[d] = largest / LARGEST * static_cast<float>(1 << 8 * d);
     for (int64_t k = 0; k < count; ++k) {
-      const float rounded = std::nearbyint(values[k] * inverse);
+      const float rounded = __builtin_nearbyintf(values[k] * inverse);
       q[k] = static_cast<int32_t>(rounded < -LARGEST ? -LARGEST : rounded > LARGEST ? LARGEST : rounded);
     }
     for (int64_t k = 0; k < count; ++k) {

@@ -44,7 +44,7 @@ struct Digits {
   int64_t columns;
   int64_t group;  // columns with one scale of weights, a power of two from 32; 0: all
   int count;      // of digits: 2, 3 or 4
-  uint32_t powers;  // of two, of which half of the activations are to be no farther than that from the largest of 512
+  uint32_t powers;  // half of the activations must be above the largest of 512, divided by 2**powers
 };
 
 // Returns false where a value is not finite or tiny, or where the largest of a group is above about 2**powers ordinary ones

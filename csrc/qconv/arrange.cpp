@@ -139,11 +139,6 @@ BE_EXPORT int64_t be_qconv_arranged_values(const Geometry* geometry, int scatter
   return Product(*geometry, scatter, rows_are_results).arranged_values();
 }
 
-// Phases of the product: be_depthwise_arrange sums the codes of each.
-BE_EXPORT int64_t be_qconv_phases(const Geometry* geometry, int scatter, int rows_are_results) {
-  return static_cast<int64_t>(Product(*geometry, scatter, rows_are_results).phases.size());
-}
-
 // packed: the canonical stream.  out: the arranged one, of out_bits: `bits`, or 8 for signed codes.
 // sums: (taps of all phases, at most those of the kernel; groups * blocks * 16) int32, the sum of the codes that each
 // result has at a tap.

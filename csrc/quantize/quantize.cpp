@@ -87,20 +87,3 @@ BE_EXPORT void be_activation_values(const uint8_t* codes, int64_t samples, int64
     }
   });
 }
-
-// The weights code * scale of a packed stream with `columns` values a row.
-BE_EXPORT void be_dequantize(const uint8_t* packed, int64_t rows, int64_t columns, const float* scale, int bits, float* out,
-                             int threads) {
-  const int step = bits == 1 ? 2 : 1, lowest = bits == 1 ? -1 : -(1 << (bits - 1));
-  parallel_for(rows, 1 + (1 << 14) / (columns + 1), threads, [=](int64_t first, int64_t last) {
-    uint8_t index[2048];
-    for (int64_t row = first; row < last; ++row)
-      for (int64_t start = 0; start < columns; start += 2048) {
-        const int64_t some = std::min<int64_t>(2048, columns - start), place = row * columns + start;
-        const float factor = scale[row];
-        unpack_range(packed, place, some, bits, index);
-        for (int64_t i = 0; i < some; ++i)
-          out[place + i] = static_cast<float>(static_cast<int>(index[i]) * step + lowest) * factor;
-      }
-  });
-}

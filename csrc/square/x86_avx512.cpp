@@ -145,7 +145,7 @@ void multiply(const SquareLines& l, int64_t lane) {
   }
 }
 
-// Both pixels' 32 channels from c on, which are 0 where a pixel has none.
+// A line of floats as pairs of pixels, 32 channels at a time; a pixel in the padding is 0. Returns whether a value was odd.
 template <bool SIGNED, bool NARROW>
 bool quantize(const FloatLine& l, const ActivationRule& rule, uint8_t* pairs) {
   const __m512 inverse = _mm512_set1_ps(rule.inverse_scale);

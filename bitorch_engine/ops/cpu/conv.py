@@ -21,7 +21,7 @@ from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
 
 _arranged_values = function("be_qconv_arranged_values", POINTER, INT, INT, result=INT64)
-_phases = function("be_qconv_phases", POINTER, INT, INT, result=INT64)
+_depthwise_phases = function("be_depthwise_phases", POINTER, INT, INT, result=INT64)
 _arrange = function("be_qconv_arrange", POINTER, INT, INT, POINTER, INT, INT, POINTER, POINTER, INT)
 _qconv = function("be_qconv", *[POINTER] * 11, result=INT)
 _depthwise_bytes = function("be_depthwise_arranged_bytes", POINTER, INT, INT, result=INT64)
@@ -91,7 +91,7 @@ class _Problem:
         place = (ctypes.addressof(a.geometry), a.scatter, a.rows_are_results)
         if self.narrow:
             weights = torch.empty(_depthwise_bytes(*place), dtype=torch.uint8)
-            sums = torch.empty(_phases(*place), _depthwise_lanes(*place), dtype=torch.int32)
+            sums = torch.empty(_depthwise_phases(*place), _depthwise_lanes(*place), dtype=torch.int32)
             _depthwise_arrange(*place, packed.data_ptr(), a.w_bits, weights.data_ptr(), sums.data_ptr())
             return weights, sums
         g = a.geometry

@@ -17,8 +17,7 @@ _quantize = function(
     "be_quantize_activation", POINTER, INT, *[INT64] * 3, INT, POINTER, POINTER, INT, *[POINTER] * 3, INT
 )
 _values = function("be_activation_values", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, POINTER, INT)
-_dequantize = function("be_dequantize", POINTER, INT64, INT64, POINTER, INT, POINTER, INT)
-_dequantize_taps_first = function("be_dequantize_taps_first", POINTER, *[INT64] * 3, POINTER, INT, POINTER, INT)
+_dequantize = function("be_dequantize", POINTER, *[INT64] * 3, POINTER, INT, POINTER, INT)
 _largest = function("be_gradient_largest", POINTER, *[INT64] * 3, INT, POINTER, INT)
 _round = function("be_gradient_round", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, INT, INT, POINTER, INT)
 _straight_through = function(
@@ -97,11 +96,8 @@ def dequantize(
         return bits_reference.dequantize(packed, channel_scale, bits, columns, dtype, taps)
     out = torch.empty(channel_scale.numel(), columns, dtype=torch.float32)
     packed = dense(packed, out.numel(), bits)
-    scale, rest = channel_scale.contiguous(), (bits, out.data_ptr(), threads())
-    if taps == 1:
-        _dequantize(packed.data_ptr(), *out.shape, scale.data_ptr(), *rest)
-    else:
-        _dequantize_taps_first(packed.data_ptr(), len(out), columns // taps, taps, scale.data_ptr(), *rest)
+    sizes, scale = (len(out), columns // taps, taps), channel_scale.contiguous()
+    _dequantize(packed.data_ptr(), *sizes, scale.data_ptr(), bits, out.data_ptr(), threads())
     return out.to(dtype)
 
 
