@@ -1,5 +1,6 @@
 """``bitorch-engine bench``: what it judges, and that it runs; its numbers are not looked at."""
 
+import importlib
 import json
 
 import pytest
@@ -86,6 +87,15 @@ def test_the_command_measures_what_is_asked_for_and_leaves_the_threads_as_they_w
     assert "2 threads" in text
     if not torch.cuda.is_available():
         assert "Not measured: the GPU's kernels; torch finds no CUDA device." in text
+
+
+def test_what_to_install_is_named_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module("bitorch_engine.cli.bench.command")  # the package has the command by that name
+    monkeypatch.setattr(module, "has_onnxruntime", lambda: False)
+    module.show([Result("conv", "a", {}, [GOAL], "needs x[y]")], 1)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "pip install 'bitorch_engine[bench]' compares" in text
+    assert "Not measured: conv a: needs x[y]" in text
 
 
 def test_a_pattern_that_fits_nothing_is_refused() -> None:

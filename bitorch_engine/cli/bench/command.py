@@ -76,8 +76,9 @@ def show(results: list[Result], threads: int) -> None:
     )
     for result in results:
         if result.missing:
-            console.print(f"Not measured: {result.work} {result.shape}: {result.missing}")
+            console.print(f"Not measured: {result.work} {result.shape}: {result.missing}", markup=False)
     if not torch.cuda.is_available():
         console.print("Not measured: the GPU's kernels; torch finds no CUDA device.")
     if not has_onnxruntime():
-        console.print("onnxruntime is not installed: pip install 'bitorch_engine[bench]' compares with it too.")
+        hint = "onnxruntime is not installed: pip install 'bitorch_engine[bench]' compares with it too."
+        console.print(hint, markup=False)
