@@ -44,21 +44,20 @@ def conv_grad_weight(
     c = Convolution(*fields)
     if len(shape) > 5 or min(*shape, *grad_codes.shape, *weight_shape) < 1:
         return reference.conv_grad_weight(grad_codes, grad_scale, codes, scale, low, a_bit, shape, weight_shape, *rest)
-    codes = dense(codes, prod(shape), a_bit)
     out = c.output_shape(shape, weight_shape)
     if c.transposed:
         place = geometry(out, weight_shape, c.stride, c.padding, c.dilation, c.groups, out=shape)
-        rows, columns = _bytes(codes, a_bit, prod(shape)), grad_codes
+        rows, columns = _bytes(codes, a_bit, prod(shape)), grad_codes.contiguous()
     else:
         place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, c.groups, c.pad, out=out)
-        rows, columns = grad_codes, codes
+        rows, columns = grad_codes.contiguous(), dense(codes, prod(shape), a_bit)
     grad = torch.empty(list(weight_shape), dtype=torch.float32)
     factor = (grad_scale.to(torch.float32) * scale).reshape(-1).contiguous()
     (_depthwise_grad_weight if is_narrow(place, False) else _grad_weight)(
         place.address,
         not c.transposed,
-        rows.contiguous().data_ptr(),
-        columns.contiguous().data_ptr(),
+        rows.data_ptr(),
+        columns.data_ptr(),
         float(low),
         a_bit,
         factor.data_ptr(),
@@ -83,8 +82,7 @@ def conv_grad_weight_float(
     if not (grad.dtype is torch.float32 and _goes_by_columns(c, shape, weight_shape, grad.shape)):
         values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
         return c.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
-    codes = dense(codes, prod(shape), a_bit)
-    values = codes if a_bit == 8 else _bytes(codes, a_bit, prod(shape))
+    values = _bytes(codes, a_bit, prod(shape))
     place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
     fill = partial(_columns, place.address, values.data_ptr(), 1 if a_bit == 1 else int(-low))
     return _sum_columns(grad, fill, float(scale), weight_shape).to(dtype)
@@ -131,5 +129,8 @@ def _goes_by_columns(
 
 
 def _bytes(codes: Tensor, bits: int, count: int) -> Tensor:
+    """The indices of activations, one byte each; at 1 bit twice the index. Those of 8 bits are there already."""
+    if bits == 8:
+        return dense(codes, count, bits)
     index = unpack(codes, bits, count)
     return index * 2 if bits == 1 else index
