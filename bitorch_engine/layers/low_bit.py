@@ -158,14 +158,14 @@ class LowBitLayer(nn.Module):
         # Module.__getattr__ takes as long as a small kernel.
         activation: Any = self._modules.get("activation")
         packed = self._parameters.get("weight")
+        x = in_autocast_dtype(x)
         if activation is not None:
             activation.prepare_(x)
-            x = in_autocast_dtype(x)
             if isinstance(packed, PackedParameter) and not torch.is_grad_enabled():
                 return self._infer(x, packed, activation, geometry)
             scale, low = activation.scale, activation.low.to(torch.float32)  # a cast layer casts its buffers
         else:
-            x, scale, low = in_autocast_dtype(x), None, None
+            scale = low = None
         weight = self.weight
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         y = QuantizedConvolution.apply(x, weight, scale, low, geometry, self.a_bit, self.g_bit)

@@ -78,7 +78,9 @@ class ActivationQuantizer(nn.Module):
             signed = (smallest < 0) | (self.bits == 1)
             high = torch.where(signed, float(form.high), float(form.levels - 1))
             # 8 bits reach to the largest value; below that, Esser et al., section 2.1; a sign stands for the mean size.
-            start = mean if self.bits == 1 else largest / high if self.bits == 8 else 2 * mean / high.sqrt()
+            start = mean if self.bits == 1 else 2 * mean / high.sqrt()
+            if self.bits == 8:
+                start = reaching_scale(largest, high, self.initial_scale.dtype)
             start = torch.where(torch.isfinite(start) & (start > 0), start, 1.0)
             loaded = self.initial_scale > 0  # from a checkpoint: its scale and range stay
             self.low.copy_(torch.where(loaded, self.low, torch.where(signed, float(form.low), 0.0)))
@@ -94,6 +96,14 @@ class ActivationQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._ready = False
+
+
+def reaching_scale(largest: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """``largest / high`` in ``dtype``, or the next number above it where ``largest`` would come out beyond ``high``: it
+    is multiplied by the rounded ``1 / scale``, and what is beyond has no gradient."""
+    scale = (largest / high).to(dtype).to(torch.float32)
+    above = (scale * (1 + torch.finfo(dtype).eps)).to(dtype).to(torch.float32)
+    return torch.where(largest * (1 / scale) > high, above, scale)
 
 
 def _across_ranks(mean: Tensor, largest: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitorch_engine.ops.reference.activation import activation_codes, activation_index, straight_through
-from bitorch_engine.quantizers.activation import ActivationQuantizer
+from bitorch_engine.quantizers.activation import ActivationQuantizer, reaching_scale
 
 WIDTHS = range(1, 9)
 
@@ -168,6 +168,22 @@ class TestQuantizer:
         assert float(self.prepared(8, x).scale.detach()) == pytest.approx(float(x.abs().max()) / 127)
         assert float(self.prepared(8, x.relu()).scale.detach()) == pytest.approx(float(x.max()) / 255)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_eight_bits_do_not_clip_the_largest_value(self, dtype: torch.dtype) -> None:
+        for low in lows(8):
+            quantizer = ActivationQuantizer(8).to(dtype)
+            for _ in range(20):
+                x = activations(low, 100)
+                x = torch.cat([x, x.abs().amax(0, keepdim=True)])  # a positive one: there is a code less for those
+                quantizer.reset_parameters()
+                quantizer.prepare_(x)
+                scale = quantizer.scale.detach()
+                index, beyond = activation_index(x, scale, quantizer.low.to(torch.float32), 8)
+                grad_x, _ = straight_through(torch.ones_like(x), index, beyond, torch.tensor(low), 8)
+                assert bool((grad_x == 1).all())
+                assert int(index.max()) == 255 or dtype == torch.bfloat16  # one step of its scale is half a code
+                assert float(scale) == pytest.approx(float(x.max()) / (255 + low), rel=2 * torch.finfo(dtype).eps)
+
     def test_later_batches_change_nothing(self) -> None:
         quantizer = self.prepared(4, torch.rand(100))
         scale = quantizer.scale.detach().clone()
@@ -222,6 +238,21 @@ class TestQuantizer:
     def test_other_widths_are_refused(self, bits: int) -> None:
         with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
             ActivationQuantizer(bits)
+
+
+@pytest.mark.parametrize("high", [127.0, 255.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_largest_value_is_beyond_the_scale_that_reaches_to_it(dtype: torch.dtype, high: float) -> None:
+    for start in range(0, 2**23, 2**21):  # all fractions that a float32 has
+        largest = (torch.arange(start, start + 2**21, dtype=torch.int32) | 127 << 23).view(torch.float32)
+        scale = reaching_scale(largest, torch.tensor(high), dtype)
+        assert torch.equal(scale.to(dtype).to(torch.float32), scale)
+        assert bool((largest * (1 / scale) <= high).all())
+        # No step more than is needed: the scale below is not the nearest, or clips.
+        nearest = (largest / high).to(dtype).to(torch.float32)
+        assert bool(((scale == nearest) | (largest * (1 / nearest) > high)).all())
+        assert bool((scale <= nearest * (1 + 2 * torch.finfo(dtype).eps)).all())
+    assert float(reaching_scale(torch.tensor(high), torch.tensor(high), dtype)) == 1
 
 
 def test_constants_follow_every_kind_of_write() -> None:
