@@ -345,7 +345,7 @@ def test_a_cap_holds_for_plans_made_before(name: str, isa: str) -> None:
 def test_integers_are_refused(name: str) -> None:
     layer, x = in_use(name)
     for record in (True, False):
-        with torch.set_grad_enabled(record), pytest.raises((TypeError, RuntimeError), match="float|Float|type"):
+        with torch.set_grad_enabled(record), pytest.raises(TypeError, match="must be floating point"):
             layer(x.round().long())
 
 

@@ -226,6 +226,25 @@ class TestAgreesWithTorch:
             error = (found[name].double() - expected).abs()
             assert bool((error <= 2**-5 * magnitudes[name] + 1e-6).all()), name
 
+    @ALL
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("a_bit", [None, 8])
+    def test_an_input_of_another_dtype_is_computed_in_its_own(
+        self, kind: Any, dtype: torch.dtype, a_bit: int | None
+    ) -> None:
+        layer = kind(4, 6, 3, a_bit=a_bit)
+        x = torch.randn(2, 4, *[5, 6, 4][: SPATIAL[kind]]).to(dtype)
+        found = measured(layer, x)
+        wanted = reference(layer, x)
+        assert found["output"].dtype == found["input"].dtype == dtype
+        assert {value.dtype for name, value in found.items() if name in ("weight", "bias")} == {torch.float32}
+        tolerance = {torch.float64: 1e-6, torch.float16: 5e-3, torch.bfloat16: 0.03}[dtype]
+        assert_near(found, wanted, tolerance)
+        with torch.no_grad():
+            y = layer(x)
+        assert y.dtype == dtype
+        assert_near({"output": y}, {"output": wanted["output"]}, tolerance)
+
     @pytest.mark.parametrize("a_bit", WIDTHS)
     @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
     def test_every_width_of_activation(self, a_bit: int, unsigned: bool) -> None:
@@ -465,6 +484,17 @@ class TestErrors:
     def test_wrong_dimensions(self, shape: tuple[int, ...], bits: dict[str, int]) -> None:
         with pytest.raises(ValueError, match=r"must have 3 \(unbatched\) or 4 dimensions, got \("):
             nBitConv2d(3, 4, 3, **bits)(torch.randn(shape))
+
+    @ALL
+    @pytest.mark.parametrize("a_bit", [None, 8])
+    def test_an_input_of_integers(self, kind: Any, a_bit: int | None) -> None:
+        layer, x = kind(3, 4, 3, a_bit=a_bit), torch.ones(2, 3, *[5] * SPATIAL[kind], dtype=torch.uint8)
+        for record in (True, False):
+            with (
+                torch.set_grad_enabled(record),
+                pytest.raises(TypeError, match="must be floating point, got torch.uint8; convert it"),
+            ):
+                layer(x)
 
     def test_a_second_derivative_of_a_rounded_product(self) -> None:
         layer, x = nBitConv2d(4, 6, 3, a_bit=8), torch.randn(2, 4, 5, 5, requires_grad=True)
