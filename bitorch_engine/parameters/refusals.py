@@ -23,4 +23,18 @@ def refuse_multi_tensor_step(optimizer: torch.optim.Optimizer, args: Any, kwargs
             )
 
 
+def refuse_lbfgs(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise NotImplementedError for LBFGS with a packed weight.
+
+    It takes the curvature from what small moves change; those are rounded stochastically here, so that it diverges.
+    """
+    packed = any(isinstance(p, PackedParameter) for group in optimizer.param_groups for p in group["params"])
+    if packed and isinstance(optimizer, torch.optim.LBFGS):
+        raise NotImplementedError(
+            f"packed weights need a first-order optimizer, got {type(optimizer).__name__}: it diverges where weights "
+            "are rounded; use bitorch_engine.optim.DiodeMix, or torch.optim's AdamW or SGD. Nothing was changed."
+        )
+
+
 register_optimizer_step_pre_hook(refuse_multi_tensor_step)
+register_optimizer_step_pre_hook(refuse_lbfgs)

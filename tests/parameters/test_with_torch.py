@@ -84,10 +84,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": lambda p, **k: torch.optim.RMSprop(p, lr=0.003, **k),
     "Rprop": lambda p, **k: torch.optim.Rprop(p, lr=0.003, **k),
     "ASGD": lambda p, **k: torch.optim.ASGD(p, lr=0.1, **k),
-    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.3, max_iter=3),
 }
 FUSED = ("SGD", "SGD momentum", "SGD nesterov", "Adam", "AdamW", "Adagrad")
-REFUSED = [(name, "foreach") for name in OPTIMIZERS if name != "LBFGS"] + [(name, "fused") for name in FUSED]
+REFUSED = [(name, "foreach") for name in OPTIMIZERS] + [(name, "fused") for name in FUSED]
 
 
 class TestOptimizers:
@@ -143,6 +142,18 @@ class TestOptimizers:
         with pytest.raises(NotImplementedError, match="AdamW\\(foreach=True\\)"):
             optimizer.step(lambda: pytest.fail("called"))
         assert not optimizer.state
+
+    @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+    def test_lbfgs_is_refused_before_anything_has_changed(self, line_search: str | None) -> None:
+        network = Network()
+        batch_loss(network, 0).backward()
+        before = stored(network)
+        optimizer = torch.optim.LBFGS(network.parameters(), line_search_fn=line_search)
+        with pytest.raises(NotImplementedError, match="need a first-order optimizer, got LBFGS: .* use bitorch_engine"):
+            optimizer.step(lambda: pytest.fail("called"))
+        assert differing(stored(network), before) == [] and not optimizer.state
+        floats = [p for p in network.parameters() if not isinstance(p, PackedParameter)]
+        torch.optim.LBFGS(floats).step(lambda: batch_loss(network, 0))  # of float weights it may be
 
     def test_groups_without_packed_weights_may_use_them(self) -> None:
         network = Network()
