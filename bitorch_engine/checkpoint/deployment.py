@@ -42,7 +42,8 @@ def load(model: nn.Module, path: StrPath, *, strict: bool = True) -> dict[str, A
     All outputs are then bit for bit those of the saved model, where the dtypes are the same: a model of another float
     dtype keeps its own. Parameters keep their device; layers that are low-bit already keep g_bit and learn_scale, which
     are for training. Training state of packed weights is dropped.
-    strict: raise where a name is missing or unexpected; False loads the names that both have.
+    strict: raise where a name is missing or unexpected; False loads the names that both have, and warns where a
+        BatchNorm is in one of both only, which may be folded in the other.
     Runs no code from the file. Every bit is checked, and so is whether all fits, before anything is changed: for a file
     that is damaged, of another format or version, or not of this model, CheckpointError is raised, OSError for one that
     cannot be read, and the model is as it was.

@@ -1,5 +1,6 @@
 """Whether a stored model is one of a given model, and how it gets in: all is checked first, then all is changed."""
 
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -67,6 +68,12 @@ def fit(model: nn.Module, stored: StoredModel, *, training: bool, strict: bool =
             _check_packed(name, entries[name], layer, settings, training=training)
     if strict:
         _check_names(expected, stored.names, "" if training else ", or pass strict=False where that is meant")
+    elif statistics := _statistics(expected ^ stored.names):
+        warnings.warn(
+            f"{_some(statistics)}: the model or the file alone has these. If the BatchNorm is folded in one of both, "
+            "results will be wrong: fold the model with fuse_batch_norm_ if that was called before saving.",
+            stacklevel=3,
+        )
     for name in [name for name in entries if name in stored.names - stored.settings.keys()]:
         _check_plain(name, entries[name], stored[name], training=training)
     _check_shared(entries, stored)
@@ -136,9 +143,14 @@ def _check_names(expected: set[str], stored: set[str], way_out: str) -> None:
     problems = {"lacks": expected - stored, "has, where the model has not,": stored - expected}
     if any(problems.values()):
         said = " and ".join(f"{verb} {_some(names)}" for verb, names in problems.items() if names)
-        folded = any(name.rpartition(".")[2] == "running_var" for name in expected ^ stored)
-        folds = ", with fuse_batch_norm_ if it was called then, and without if not" if folded else ""
+        fold = ", with fuse_batch_norm_ if it was called then, and without if not"
+        folds = fold if _statistics(expected ^ stored) else ""
         raise CheckpointError(f"the file {said}; {_REBUILD}{folds}{way_out}.")
+
+
+def _statistics(names: set[str]) -> set[str]:
+    """Those of BatchNorms: where a model or a file alone has them, a BatchNorm may be folded in the other."""
+    return {name for name in names if name.rpartition(".")[2] == "running_var"}
 
 
 def _check_shared(entries: dict[str, Any], stored: StoredModel) -> None:

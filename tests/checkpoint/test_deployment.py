@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bitorch_engine
-from bitorch_engine import nBitConv2d, nBitConvParameter, quantize_
+from bitorch_engine import fuse_batch_norm_, nBitConv2d, nBitConvParameter, quantize_
 from bitorch_engine.bits import packed_size
 from bitorch_engine.checkpoint import CheckpointError, load, read_metadata, save
 from bitorch_engine.parameters import PackedParameter
@@ -400,6 +400,23 @@ def test_strict_false_loads_what_both_have(tmp_path: Path, network: Network) -> 
     load(other, tmp_path / "m", strict=False)
     assert torch.equal(outputs(other[:6]), outputs(model[:6]))
     assert torch.equal(other[7].weight, head)
+
+
+@pytest.mark.parametrize("folded", ["file", "model"])
+def test_strict_false_warns_where_a_batch_norm_is_folded_on_one_side_only(
+    tmp_path: Path, network: Network, folded: str
+) -> None:
+    model, other = network().eval(), network(seed=1).eval()
+    report = fuse_batch_norm_(model if folded == "file" else other)
+    assert [entry.name for entry in report.fused] == ["1"]
+    save(model, tmp_path / "m")
+    with pytest.warns(UserWarning, match="1.running_var: .*fold the model with fuse_batch_norm_ if") as caught:
+        load(other, tmp_path / "m", strict=False)
+    assert caught[0].filename == __file__
+    if folded == "file":
+        fuse_batch_norm_(other)
+        load(other, tmp_path / "m", strict=False)
+        assert torch.equal(outputs(other), outputs(model))
 
 
 def test_a_model_that_nans_have_reached_can_be_replaced(tmp_path: Path, network: Network) -> None:
