@@ -1,7 +1,7 @@
 """A network on its way into a file and back: how it is converted, what the file says about it, how it is rebuilt."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import nn
@@ -85,10 +85,16 @@ def restore(source: Path, model_name: str | None) -> tuple[nn.Module, Card, Path
 
 
 def read_card(path: Path) -> Card:
-    """The card in a model's file. Raises RunError where there is none."""
+    """The card in a model's file. Raises RunError where there is none: the network alone, of which ``--model`` is the
+    name, does not tell what images and how many classes it is for."""
     stored = read_metadata(path)["metadata"]
     try:
         shape, classes = tuple(stored["input_shape"]), tuple(stored["classes"])
         return Card(**stored | {"input_shape": shape, "classes": classes})
     except (TypeError, KeyError):
-        raise RunError(f"{path} does not say what it is a model of: bitorch-engine train did not write it.") from None
+        raise RunError(
+            f"{path} does not say what it is a model of: bitorch-engine train did not write it, and --model says "
+            "nothing of images and classes. Save it with metadata that has "
+            f"{', '.join(field.name for field in fields(Card))}; or look at it in Python: "
+            "bitorch_engine.checkpoint.read_metadata gives shapes and bits of its weights."
+        ) from None

@@ -13,7 +13,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
+import bitorch_engine
 from bitorch_engine.cli.app import app
 from bitorch_engine.cli.run_folder import RunFolder
 
@@ -93,6 +95,26 @@ def test_code_that_a_file_names_is_run_only_when_the_user_names_it(tiny: Path) -
         result = call(command, "run")
         assert result.exit_code == 2
         assert "whose import runs code; pass --model tiny_model:net" in result.output
+
+
+def test_a_file_that_train_did_not_write_needs_metadata_that_says_what_it_is_of(tiny: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    bitorch_engine.quantize_(model)
+    Path("other_model.py").write_text(
+        "from torch import nn\n"
+        "def net(in_channels, num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    bitorch_engine.save(model, "own.safetensors")
+    arguments = ["inspect", "own.safetensors", "--model", "other_model:net"]
+    for given in (arguments[:2], arguments):
+        result = call(*given)
+        assert result.exit_code == 1
+        assert "Save it with metadata that has model, input_shape, classes, data, image_size; or" in result.output
+    card = {"model": "net", "input_shape": [2, 5, 4], "classes": ["a", "b", "c"], "data": "", "image_size": None}
+    bitorch_engine.save(model, "own.safetensors", metadata=card)
+    (layer,) = json.loads(call(*arguments, "--json").output)["layers"]
+    assert (layer["kind"], layer["bits"], layer["macs"]) == ("nBitConv2d", 4, 3 * 2 * 9 * 6)
 
 
 def test_a_damaged_file_is_one_line_and_exit_code_1(tiny: Path) -> None:
