@@ -133,7 +133,10 @@ class PackedParameter(nn.Parameter):
 
     @property
     def codes(self) -> Tensor:
-        """The integer codes: int8, the logical shape, a new tensor."""
+        """The integer codes: int8, the logical shape. A copy: what is written to it does not reach the weight.
+
+        ``weight.write_(codes * weight.scale)`` writes other codes, exactly.
+        """
         return self.unpack_codes()
 
     @property
@@ -154,7 +157,7 @@ class PackedParameter(nn.Parameter):
         return sum(t.numel() * t.element_size() for t in self._inner().values() if t is not None)
 
     def dequantize(self, *, channels_last: bool = False) -> Tensor:
-        """The weight that forward sees, code * scale: the logical shape and dtype, a new tensor.
+        """The weight that forward sees, code * scale: the logical shape and dtype. A copy; ``write_`` writes.
 
         channels_last: its memory is in channels-last order, where the weight has spatial dimensions.
         """

@@ -238,6 +238,20 @@ class TestWhatItHolds:
         x = torch.randn(shape)
         assert torch.equal(weight.from_rows(weight.to_rows(x)), x)
 
+    @pytest.mark.parametrize("layout", [{}, {"transposed": True, "groups": 2}], ids=["plain", "transposed"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("w_bit", range(1, 9))
+    def test_codes_are_a_copy_and_are_written_with_their_scale(
+        self, w_bit: int, dtype: torch.dtype, layout: dict[str, Any]
+    ) -> None:
+        weight = nBitConvParameter(torch.randn(4, 6, 3, 3, dtype=dtype), w_bit=w_bit, **layout)
+        before, scale = weight.codes, weight.channel_scale.clone()
+        weight.codes.neg_()
+        assert torch.equal(weight.codes, before)
+        wanted = before.flip(0)
+        weight.write_(wanted * weight.scale)
+        assert torch.equal(weight.codes, wanted) and torch.equal(weight.channel_scale, scale)
+
     @pytest.mark.parametrize("w_bit", WIDTHS)
     def test_it_holds_one_byte_a_weight_in_training_and_n_bits_after(self, w_bit: int) -> None:
         shape = (64, 32, 3, 3)
