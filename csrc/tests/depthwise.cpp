@@ -1,6 +1,6 @@
 #include "depthwise/depthwise.h"
 
-#include "agreement.h"
+#include "lanes.h"
 
 namespace bitorch_engine {
 namespace {
@@ -13,34 +13,14 @@ Written multiply(DepthwiseFunction kernel, Random& random) {
   line.channels = random.between(1, 100);
   line.lines = random.between(1, 3);
   line.line_step = random.between(0, 300);
-  const int64_t blocks = (line.channels + LANE_BLOCK - 1) / LANE_BLOCK, lanes = blocks * LANE_BLOCK;
   const int64_t largest = (1 << random.between(1, 8)) - 1, largest_weight = 1 << random.between(0, 7);
   std::vector<int64_t> offsets(2 * line.pairs);
   for (int64_t& offset : offsets) offset = random.between(0, 500);
-  const std::vector<uint8_t> slab = random.bytes(2 * line.line_step + line.pixels * line.step + 500 + lanes + MARGIN, largest);
-  std::vector<int8_t> weights(blocks * line.pairs * 2 * LANE_BLOCK);
-  for (int8_t& weight : weights) weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
-  std::vector<int32_t> start(lanes);
-  const int64_t zero = random.between(0, largest);
-  for (int64_t o = 0; o < lanes; ++o)
-    for (int64_t k = 0; k < 2 * line.pairs; ++k) {
-      const int64_t place = (o / LANE_BLOCK * line.pairs + k / 2) * 64 + place_of_lane(o % LANE_BLOCK) + k % 2;
-      start[o] -= static_cast<int32_t>(zero * weights[place]);
-    }
-  const std::vector<float> factor = random.numbers(lanes, 0.01f), bias = random.numbers(lanes, 9);
-  line.pitch = line.channels + random.between(0, 5);
-  line.line_pitch = line.pixels * line.pitch + random.between(0, 5);
-  std::vector<float> out(line.lines * line.line_pitch);
+  const int64_t size = 2 * line.line_step + line.pixels * line.step + 500 + whole_blocks(line.channels) + MARGIN;
+  const std::vector<uint8_t> slab = random.bytes(size, largest);
   line.base = slab.data();
   line.offsets = offsets.data();
-  line.weights = weights.data();
-  line.start = start.data();
-  line.factor = factor.data();
-  line.bias = random.flip() ? bias.data() : nullptr;
-  line.fit = 32767 / (2 * largest * largest_weight);
-  line.out = out.data();
-  kernel(line);
-  return Written().add(out);
+  return multiply_lines(kernel, line, 2 * line.pairs, largest, largest_weight, random);
 }
 
 Written gradient(DepthwiseGradientFunction kernel, Random& random) {

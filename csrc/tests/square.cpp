@@ -1,11 +1,9 @@
 #include "square/square.h"
 
-#include "agreement.h"
+#include "lanes.h"
 
 namespace bitorch_engine {
 namespace {
-
-int64_t whole_blocks(int64_t lanes) { return (lanes + LANE_BLOCK - 1) / LANE_BLOCK * LANE_BLOCK; }
 
 Written multiply(SquareFunction kernel, Random& random) {
   SquareLines line{};
@@ -23,29 +21,9 @@ Written multiply(SquareFunction kernel, Random& random) {
   for (int64_t k = 0; k < 9; k += 3, rows += random.between(1, 2)) offsets[k] = k == 0 ? 0 : rows * pixels * lanes;
   for (int64_t k = 3; k < 9; k += 3) offsets[k] -= (line.lines - 1) * line.line_step;
   const std::vector<uint8_t> slab = random.bytes((rows + 1) * pixels * lanes);
-  std::vector<int8_t> weights(5 * 2 * lanes);
-  std::vector<int32_t> start(lanes);
-  const int64_t zero = random.between(0, 255);
-  for (int64_t o = 0; o < lanes; ++o)
-    for (int64_t k = 0; k < 9; ++k) {
-      int8_t& weight = weights[(o / LANE_BLOCK * 5 + k / 2) * 64 + place_of_lane(o % LANE_BLOCK) + k % 2];
-      weight = static_cast<int8_t>(random.between(-8, 7));
-      start[o] -= static_cast<int32_t>(zero * weight);
-    }
-  const std::vector<float> factor = random.numbers(lanes, 0.01f), bias = random.numbers(lanes, 9);
-  line.pitch = line.channels + random.between(0, 5);
-  line.line_pitch = line.pixels * line.pitch + random.between(0, 5);
-  std::vector<float> out(line.lines * line.line_pitch);
   line.base = slab.data();
   line.offsets = offsets.data();
-  line.weights = weights.data();
-  line.start = start.data();
-  line.factor = factor.data();
-  line.bias = random.flip() ? bias.data() : nullptr;
-  line.fit = 32767 / (2 * 255 * 8);
-  line.out = out.data();
-  kernel(line);
-  return Written().add(out);
+  return multiply_lines(kernel, line, 9, 255, 8, random);
 }
 
 Written pair(PairFunction kernel, Random& random) {
