@@ -81,7 +81,7 @@ def conv_grad_weight_float(
     c = Convolution(*fields)
     if not (grad.dtype is torch.float32 and _goes_by_columns(c, shape, weight_shape, grad.shape)):
         values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
-        return c.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
+        return c.grad_weight(grad, values, weight_shape).to(dtype)
     values = _bytes(codes, a_bit, prod(shape))
     place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
     fill = partial(_columns, place.address, values.data_ptr(), 1 if a_bit == 1 else int(-low))
@@ -92,7 +92,7 @@ def conv_grad_weight_dense(grad: Tensor, x: Tensor, weight_shape: Sequence[int],
     c = Convolution(*fields)
     floats = grad.dtype is x.dtype is torch.float32
     if not (floats and _goes_by_columns(c, x.shape, weight_shape, grad.shape)):
-        return c.grad_weight(grad, x, weight_shape).contiguous()
+        return c.grad_weight(grad, x, weight_shape)
     values = x.movedim(1, -1).contiguous()
     place = geometry(x.shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=grad.shape)
     return _sum_columns(grad, partial(_float_columns, place.address, values.data_ptr()), 1.0, weight_shape)

@@ -52,14 +52,14 @@ class Convolution(NamedTuple):
         return F.pad(grad_x, [-n for n in self.pad]) if self.pad else grad_x
 
     def grad_weight(self, grad: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """The gradient of a weight of that shape."""
+        """The gradient of a weight of that shape, contiguous."""
         if not self.stride:
             return grad.T @ x
         x = F.pad(x, self.pad) if self.pad else x
         # Only its shape and order are used. Expanded from one number it has no order, and oneDNN takes up to twice as
         # long.
         weight = new_output(grad, shape, grad.dtype, is_channels_last(x))
-        return self._backward(grad, x, weight, [False, True, False])[1]
+        return self._backward(grad, x, weight, [False, True, False])[1].contiguous()
 
     def output_shape(self, shape: Sequence[int], weight_shape: Sequence[int]) -> list[int]:
         """(N, C_out, *out) for an input and a weight of those shapes."""

@@ -275,7 +275,7 @@ def conv_grad_weight_float(
     """
     geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups, pad)
     values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
-    return geometry.grad_weight(grad, values, weight_shape).to(dtype).contiguous()
+    return geometry.grad_weight(grad, values, weight_shape).to(dtype)
 
 
 def conv_grad_weight_float_fake(
@@ -313,7 +313,7 @@ def conv_grad_weight_dense(
 ) -> Tensor:
     """The gradient of a weight of ``weight_shape`` from a float gradient and a float input, (N, C, *spatial)."""
     geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups, pad)
-    return geometry.grad_weight(grad, x, weight_shape).contiguous()
+    return geometry.grad_weight(grad, x, weight_shape)
 
 
 def conv_grad_weight_dense_fake(

@@ -80,7 +80,7 @@ def conv_grad_weight_float(
 ) -> Tensor:
     *fields, dtype, channels_last = rest
     values = activation_values(codes, scale, low, a_bit, shape, grad.dtype, channels_last)
-    return Convolution(*fields).grad_weight(grad, values, weight_shape).to(dtype).contiguous()
+    return Convolution(*fields).grad_weight(grad, values, weight_shape).to(dtype)
 
 
 class Maps(NamedTuple):
