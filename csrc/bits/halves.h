@@ -1,4 +1,5 @@
-// Widths that divide 8 with AVX2: vectors of bytes are halved into vectors of nibbles, those into pairs, those into bits.
+// Widths that divide 8 with AVX2: vectors of bytes are halved into vectors of nibbles, those into pairs, those into
+// bits.
 #pragma once
 
 #include <immintrin.h>

@@ -31,7 +31,8 @@ void interleave(const uint8_t* image, const int64_t* bases, int64_t quads, int64
       words[k] = ((word | tops) - (centers & ~tops)) ^ ((word ^ ~centers) & tops);
       total[k] += static_cast<int32_t>(w + x + y + z) - 4 * center;
     }
-    for (int64_t block = 0; block < blocks; ++block) std::memcpy(out + block * block_bytes + q * 64, words + 16 * block, 64);
+    for (int64_t block = 0; block < blocks; ++block)
+      std::memcpy(out + block * block_bytes + q * 64, words + 16 * block, 64);
   }
   for (int64_t k = 0; k < channels; ++k) sums[k] += total[k];
 }

@@ -52,8 +52,8 @@ struct Columns {
 };
 
 template <class Value, class Copy>
-void fill_columns(const Geometry& geometry, const Value* values, const Copy& copy, int64_t first, int64_t count, float* out,
-                  int threads) {
+void fill_columns(const Geometry& geometry, const Value* values, const Copy& copy, int64_t first, int64_t count,
+                  float* out, int threads) {
   const Columns<Value, Copy> columns{geometry, values, copy};
   const int64_t row = geometry.taps() * geometry.in_channels;
   parallel_for(count, 1 + (1 << 14) / (row + 1), threads, [&](int64_t from, int64_t to) {

@@ -48,10 +48,10 @@ void locate(const Product& p, int64_t first, int64_t n, int64_t* bases) {
   }
 }
 
-// Pixels x channels bytes to channels x pixels, and the sum of each row; `flip` is added to each byte without sign: 128 for
-// signed ones.
-void turn(const uint8_t* from, int64_t pixels, int64_t stride, int64_t channels, uint8_t flip, uint8_t* to, int64_t pitch,
-          int64_t* sums) {
+// Pixels x channels bytes to channels x pixels, and the sum of each row; `flip` is added to each byte without sign: 128
+// for signed ones.
+void turn(const uint8_t* from, int64_t pixels, int64_t stride, int64_t channels, uint8_t flip, uint8_t* to,
+          int64_t pitch, int64_t* sums) {
   transpose_bytes(from, pixels, channels, stride, to, pitch);
   for (int64_t c = 0; c < channels; ++c) {
     uint8_t* row = to + c * pitch;
@@ -78,8 +78,8 @@ void finish_row(const Value* from, int64_t taps, int64_t channels, const float* 
 using namespace bitorch_engine;
 
 // geometry: of the plain convolution (of the transposed one: from its output to its input).  rows: bytes (batch, pixels
-// of geometry.out, channels): signed gradient codes where rows_are_gradient, else indices of activations (at 1 bit twice
-// the index).  columns: the other side, as Image takes it, of geometry.in.  low, bits: of the activation.
+// of geometry.out, channels): signed gradient codes where rows_are_gradient, else indices of activations (at 1 bit
+// twice the index).  columns: the other side, as Image takes it, of geometry.in.  low, bits: of the activation.
 // scale: one a gradient channel.  out: (row channels, column channels / groups, taps) float.
 BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, const uint8_t* rows, const void* columns,
                               float low, int bits, const float* scale, float* out, int threads) {
@@ -138,13 +138,15 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
         interleave(start, bases.get(), depth / 4, columns_here, static_cast<int>(center), panel.get(), 16 * depth,
                    column_sums);
         for (int64_t i = count; i < depth; ++i)  // what fills up the last step of 64 is not summed
-          for (int64_t b = 0; b < columns_here; ++b) column_sums[b] -= start[bases[i] + b] - static_cast<int32_t>(center);
+          for (int64_t b = 0; b < columns_here; ++b)
+            column_sums[b] -= start[bases[i] + b] - static_cast<int32_t>(center);
         for (int32_t& sum : column_sums) sum *= static_cast<int32_t>(row_zero);
         for (int64_t r0 = 0; r0 < row_channels; r0 += ROWS) {
           const int64_t here = std::min(ROWS, row_channels - r0);
           int64_t run_count = 0;
           for (int64_t r = 0; r < here; ++r) at[r] = turned.get() + (group * row_channels + r0 + r) * pitch;
-          for (int64_t r = 0; r < here; r += 16) runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
+          for (int64_t r = 0; r < here; r += 16)
+            runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
           multiply({at, here, &all, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
                     run_count, 32767 / (2 * row_most * center), nullptr, &setup});
           for (int64_t r = 0; r < here; ++r) {

@@ -80,8 +80,8 @@ void round(const float* x, int64_t count, const Rounding& r, uint64_t first, uin
 }
 
 // sum: what the result is added to.
-double straight_through(const float* grad, const uint8_t* index, const uint8_t* beyond, int64_t count, float low, int bits,
-                        float* out, double sum = 0) {
+double straight_through(const float* grad, const uint8_t* index, const uint8_t* beyond, int64_t count, float low,
+                        int bits, float* out, double sum = 0) {
   alignas(64) int32_t at[COUNT], outside[COUNT];
   alignas(64) float g[COUNT], kept[COUNT], product[COUNT];
   const int32_t top = (1 << bits) - 1;

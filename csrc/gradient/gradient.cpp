@@ -90,8 +90,8 @@ BE_EXPORT void be_gradient_round(const float* x, int64_t samples, int64_t channe
 // grad, out: as x above.  codes, beyond: packed streams in channels-last order.  Returns the sum of grad * slope, which
 // does not depend on the number of threads.
 BE_EXPORT double be_straight_through(const float* grad, int64_t samples, int64_t channels, int64_t pixels,
-                                     int channels_last, const uint8_t* codes, const uint8_t* beyond, float low, int bits,
-                                     float* out, int threads) {
+                                     int channels_last, const uint8_t* codes, const uint8_t* beyond, float low,
+                                     int bits, float* out, int threads) {
   const auto kernel = straight_through_kernel.pick();
   if (channels_last) {
     constexpr int64_t piece = 2048;
@@ -113,7 +113,8 @@ BE_EXPORT double be_straight_through(const float* grad, int64_t samples, int64_t
   const int64_t blocks = (pixels + PIXELS - 1) / PIXELS;
   const std::unique_ptr<double[]> sums(new double[samples * blocks]);
   parallel_for(samples * blocks, lines_per_thread(channels * PIXELS), threads, [&](int64_t first, int64_t last) {
-    const Buffer<uint8_t> values = new_buffer<uint8_t>(PIXELS * channels), index = new_buffer<uint8_t>(PIXELS * channels),
+    const Buffer<uint8_t> values = new_buffer<uint8_t>(PIXELS * channels),
+                          index = new_buffer<uint8_t>(PIXELS * channels),
                           outside = new_buffer<uint8_t>(PIXELS * channels);
     for (int64_t b = first; b < last; ++b) {
       const int64_t sample = b / blocks, start = b % blocks * PIXELS, some = std::min(PIXELS, pixels - start);
@@ -124,7 +125,8 @@ BE_EXPORT double be_straight_through(const float* grad, int64_t samples, int64_t
       sums[b] = 0;
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t place = (sample * channels + c) * pixels + start;
-        sums[b] += kernel(grad + place, index.get() + c * PIXELS, outside.get() + c * PIXELS, some, low, bits, out + place);
+        sums[b] +=
+            kernel(grad + place, index.get() + c * PIXELS, outside.get() + c * PIXELS, some, low, bits, out + place);
       }
     }
   });

@@ -13,8 +13,8 @@ namespace bitorch_engine {
 using LargestByColumnFunction = void (*)(const float* x, int64_t rows, int64_t columns, float* largest);
 using LargestFunction = float (*)(const float* x, int64_t count);
 
-// Codes of a run of values: value * factor * inverse, rounded stochastically, at most limit in size. The noise of value i
-// is that of index first + i * stride. factor and inverse: one a value, or one for all (step 0).
+// Codes of a run of values: value * factor * inverse, rounded stochastically, at most limit in size. The noise of value
+// i is that of index first + i * stride. factor and inverse: one a value, or one for all (step 0).
 struct Rounding {
   const float* factor;
   int64_t factor_step;
@@ -28,8 +28,8 @@ using RoundFunction = void (*)(const float* x, int64_t count, const Rounding& ro
 
 // grad where the activation was inside the range, 0 where it was clipped; returns the sum of grad * slope, the gradient
 // of the scale before its normalization.
-using StraightThroughFunction = double (*)(const float* grad, const uint8_t* index, const uint8_t* beyond, int64_t count,
-                                           float low, int bits, float* out);
+using StraightThroughFunction = double (*)(const float* grad, const uint8_t* index, const uint8_t* beyond,
+                                           int64_t count, float low, int bits, float* out);
 
 #define BE_GRADIENT(isa)                                                                                           \
   void largest_by_column_##isa(const float* x, int64_t rows, int64_t columns, float* largest);                     \

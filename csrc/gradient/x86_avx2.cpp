@@ -7,7 +7,8 @@ namespace {
 
 __m256i hash32(__m256i x) {
   x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), _mm256_set1_epi32(0x7feb352d));
-  x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)), _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
+  x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)),
+                         _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
   return _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
 }
 
@@ -27,10 +28,12 @@ __m256i round_eight(__m256 value, __m256 inverse, __m256i noise, __m256i limit) 
 
 // 32 values at a time, whose indices all fit 32 bits. Returns how many were done.
 template <bool factor_each, bool inverse_each>
-int64_t round_vectors(const float* x, int64_t count, const Rounding& r, uint64_t first, uint64_t stride, int8_t* codes) {
+int64_t round_vectors(const float* x, int64_t count, const Rounding& r, uint64_t first, uint64_t stride,
+                      int8_t* codes) {
   const __m256 factor = _mm256_set1_ps(r.factor && !factor_each ? *r.factor : 1.0f);
   const __m256 inverse = _mm256_set1_ps(*r.inverse);
-  const __m256i limit = _mm256_set1_epi32(static_cast<int>(r.limit)), seed = _mm256_set1_epi32(static_cast<int>(r.seed));
+  const __m256i limit = _mm256_set1_epi32(static_cast<int>(r.limit)),
+                seed = _mm256_set1_epi32(static_cast<int>(r.seed));
   const int step = static_cast<int>(stride);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), next = _mm256_set1_epi32(8 * step);
   __m256i index = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)),
@@ -41,7 +44,8 @@ int64_t round_vectors(const float* x, int64_t count, const Rounding& r, uint64_t
 #pragma GCC unroll 4
     for (int64_t j = 0; j < 4; ++j) {
       const int64_t at = i + 8 * j;
-      const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(x + at), factor_each ? _mm256_loadu_ps(r.factor + at) : factor);
+      const __m256 value =
+          _mm256_mul_ps(_mm256_loadu_ps(x + at), factor_each ? _mm256_loadu_ps(r.factor + at) : factor);
       const __m256i noise = hash32(_mm256_xor_si256(index, seed));
       code[j] = round_eight(value, inverse_each ? _mm256_loadu_ps(r.inverse + at) : inverse, noise, limit);
       index = _mm256_add_epi32(index, next);
@@ -68,7 +72,8 @@ struct Mask {
     const __m256i beyond_it = _mm256_cmpgt_epi32(outside, _mm256_setzero_si256());
     const __m256i lowest = _mm256_cmpeq_epi32(at, _mm256_setzero_si256()), highest = _mm256_cmpeq_epi32(at, top);
     const __m256i clipped = _mm256_and_si256(beyond_it, _mm256_or_si256(lowest, highest));
-    const __m256i quarter = _mm256_xor_si256(_mm256_castps_si256(_mm256_set1_ps(0.25f)), _mm256_slli_epi32(beyond_it, 31));
+    const __m256i quarter =
+        _mm256_xor_si256(_mm256_castps_si256(_mm256_set1_ps(0.25f)), _mm256_slli_epi32(beyond_it, 31));
     const __m256 error = _mm256_castsi256_ps(_mm256_andnot_si256(lowest, quarter));
     const __m256 slope = _mm256_blendv_ps(error, code, _mm256_castsi256_ps(_mm256_or_si256(sign, clipped)));
     _mm256_storeu_ps(kept, _mm256_andnot_ps(_mm256_castsi256_ps(clipped), g));
@@ -84,7 +89,8 @@ void largest_by_column_avx2(const float* x, int64_t rows, int64_t columns, float
 
 float largest_avx2(const float* x, int64_t count) { return largest(x, count); }
 
-void round_avx2(const float* x, int64_t count, const Rounding& rounding, uint64_t first, uint64_t stride, int8_t* codes) {
+void round_avx2(const float* x, int64_t count, const Rounding& rounding, uint64_t first, uint64_t stride,
+                int8_t* codes) {
   const bool factor_each = rounding.factor && rounding.factor_step, inverse_each = rounding.inverse_step != 0;
   int64_t done = 0;
   if ((first + static_cast<uint64_t>(count) * stride) >> 32 == 0)

@@ -1,5 +1,5 @@
-// Activations as integers of some bytes, for vectors of WIDTH bytes whose sums are numbers of type Lane. Included once per
-// instruction set, so that the compiler uses its vectors.
+// Activations as integers of some bytes, for vectors of WIDTH bytes whose sums are numbers of type Lane. Included once
+// per instruction set, so that the compiler uses its vectors.
 #include <cstring>
 
 #include "linear/linear.h"
@@ -45,10 +45,12 @@ inline int64_t group_columns(int64_t left, int64_t vector) {
   return left < GROUP ? (left + vector - 1) / vector * vector : GROUP;
 }
 
-// The digits of a piece in the order of its vectors, and their corrections. Returns where the next piece's begin, or null
-// where a lane is too short for the sum, which is the largest where all digits are -128 and all weights the lowest.
+// The digits of a piece in the order of its vectors, and their corrections. Returns where the next piece's begin, or
+// null where a lane is too short for the sum, which is the largest where all digits are -128 and all weights the
+// lowest.
 template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
-int8_t* put_piece(const int8_t (&digits)[DIGITS][GROUP], int64_t first, int64_t count, int8_t* out, uint8_t* corrections) {
+int8_t* put_piece(const int8_t (&digits)[DIGITS][GROUP], int64_t first, int64_t count, int8_t* out,
+                  uint8_t* corrections) {
   typedef Lane Vector __attribute__((vector_size(WIDTH)));
   constexpr int LANES = WIDTH / sizeof(Lane), TOP = 8 * sizeof(Lane) - 8;
   const int8_t* placed = out;
@@ -79,7 +81,8 @@ int8_t* put_piece(const int8_t (&digits)[DIGITS][GROUP], int64_t first, int64_t 
 
 // Those of a group, whose first piece puts its own to `out` and `corrections`; both go on to the next group's.
 template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
-void put_group(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int64_t piece, int8_t*& out, uint8_t*& corrections) {
+void put_group(const int8_t (&digits)[DIGITS][GROUP], int64_t count, int64_t piece, int8_t*& out,
+               uint8_t*& corrections) {
   for (int64_t first = 0; first < count && out; first += piece, corrections += DIGITS * WIDTH) {
     const int64_t some = count - first < piece ? count - first : piece;
     out = put_piece<Lane, WIDTH, PER_BYTE>(digits, first, some, out, corrections);

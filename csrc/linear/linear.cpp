@@ -21,8 +21,8 @@ namespace {
 
 constexpr int64_t WEIGHTS = 1 << 16;  // that a thread takes at least
 
-// Columns of activations that become digits. Those are off by 2**-25 of the largest one, which in shorter sums can be more
-// than twice what float32 loses.
+// Columns of activations that become digits. Those are off by 2**-25 of the largest one, which in shorter sums can be
+// more than twice what float32 loses.
 constexpr int64_t FEWEST_COLUMNS = 128;
 
 struct Weights {
@@ -68,12 +68,12 @@ struct DigitRows {
 };
 
 // Channels first .. last - 1 of all rows of activations in `x`, row r to out[r].
-void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const std::vector<float*>& out, int64_t first,
-                     int64_t last) {
+void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const std::vector<float*>& out,
+                     int64_t first, int64_t last) {
   const auto dot = dot_digits_kernel.pick();
   const int64_t rows = static_cast<int64_t>(x.size());
-  // With AVX-512 channels come from four parts in turn: those processors fetch four streams faster than one. Others that
-  // were measured do not.
+  // With AVX-512 channels come from four parts in turn: those processors fetch four streams faster than one. Others
+  // that were measured do not.
   const int64_t parts = current_isa() < AVX512 ? 1 : CHANNELS, part = (last - first + parts - 1) / parts;
   const int64_t deep = (rows == 1 ? CHANNELS : MOST_CHANNELS) / parts;  // of each part at a time
   float sums[MOST_ROWS * MOST_CHANNELS];
@@ -101,7 +101,8 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
 
 // x: (rows, columns), as `count` digits, or one more where a few are far larger.  out: (rows, channels).  left: as of
 // be_linear_digits, or null: then all rows are multiplied.
-int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count, float* out, uint8_t* left, int threads) {
+int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count, float* out, uint8_t* left,
+                 int threads) {
   const bool whole = has_whole_values(weights.bits) && weights.columns >= FEWEST_COLUMNS;
   const DigitRows digits(whole ? rows : 0, weights, count + 1);
   std::vector<Digits> exact;
@@ -133,7 +134,8 @@ int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count
     for (int64_t c = first; c < last; ++c)
       for (int64_t r = 0; r < count; r += MOST_ROWS) {
         const int64_t some = std::min(MOST_ROWS, count - r);
-        dot(weights.row(c), weights.columns, weights.bits, weights.scales(c), weights.group, others.data() + r, some, sums);
+        dot(weights.row(c), weights.columns, weights.bits, weights.scales(c), weights.group, others.data() + r, some,
+            sums);
         for (int64_t k = 0; k < some; ++k) weights.put(sums[k], c, others_out[r + k]);
       }
   });
@@ -149,7 +151,8 @@ using namespace bitorch_engine;
 // scale: (channels, columns / group), group a power of two from 32; or with a group of 0 (channels).
 // digits: of an activation, 2 or 3.  out: (rows, channels).
 BE_EXPORT void be_linear(const float* x, int64_t rows, const uint8_t* packed, const float* scale, const float* bias,
-                         int64_t channels, int64_t columns, int64_t group, int bits, int digits, float* out, int threads) {
+                         int64_t channels, int64_t columns, int64_t group, int bits, int digits, float* out,
+                         int threads) {
   multiply({packed, scale, bias, channels, columns, group, bits}, x, rows, digits, out, nullptr, threads);
 }
 

@@ -23,8 +23,8 @@ constexpr int64_t WIDEST = 64;       // bytes of a vector, at most
 
 static inline bool has_whole_values(int bits) { return bits == 1 || bits == 2 || bits == 4; }
 
-// Columns whose sums become float together: as many as have one scale of activations and of weights, but no fewer than a
-// vector of `width` bytes has.
+// Columns whose sums become float together: as many as have one scale of activations and of weights, but no fewer than
+// a vector of `width` bytes has.
 static inline int64_t piece_columns(int64_t group, int bits, int64_t width) {
   const int64_t vector = 8 * width / bits;
   return group == 0 || group > GROUP ? GROUP : group < vector ? vector : group;
@@ -33,9 +33,9 @@ static inline int64_t piece_columns(int64_t group, int bits, int64_t width) {
 // One row of activations, as a kernel with vectors of `width` bytes reads it:
 //   digits       [vector of `width` packed bytes][position of a value in its byte][digit, the lowest first][width]
 //                only those vectors that have columns
-//   corrections  [piece][digit][width bytes]: the lowest code times the sum of the digits that a lane of the kernel's sums
-//                adds. Sums of index * digit begin with it. It has 32 bits, in AVX2 16: two products of each of 16
-//                positions, (0 .. 15) - 8 times -128 .. 127, fit unless all are the largest.
+//   corrections  [piece][digit][width bytes]: the lowest code times the sum of the digits that a lane of the kernel's
+//                sums adds. Sums of index * digit begin with it. It has 32 bits, in AVX2 16: two products of each of
+//                16 positions, (0 .. 15) - 8 times -128 .. 127, fit unless all are the largest.
 //   scales       [group of 512 columns][digit]
 struct Digits {
   int8_t* digits;
@@ -47,13 +47,14 @@ struct Digits {
   uint32_t powers;  // half of the activations must be above the largest of 512, divided by 2**powers
 };
 
-// Returns false where a value is not finite or tiny, or where the largest of a group is above about 2**powers ordinary ones
-// (is_even of digits.h), or where sums would not fit. Up to a power of 4 rounding to three digits, s / sqrt(12), moves an
-// ordinary value by at most nine times 2**-24 of it, which is about half of what float32 sums of some hundred products are
-// off; rounding to two, nine times 2**-16. With one digit more, powers may be 12.
+// Returns false where a value is not finite or tiny, or where the largest of a group is above about 2**powers ordinary
+// ones (is_even of digits.h), or where sums would not fit. Up to a power of 4 rounding to three digits, s / sqrt(12),
+// moves an ordinary value by at most nine times 2**-24 of it, which is about half of what float32 sums of some hundred
+// products are off; rounding to two, nine times 2**-16. With one digit more, powers may be 12.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
-// Two digits of bytes[k] - zero, exact. Their products and sums are integers, so that floats hold them exactly below 2**24.
+// Two digits of bytes[k] - zero, exact. Their products and sums are integers, so that floats hold them exactly below
+// 2**24.
 using SplitBytesFunction = void (*)(const uint8_t* bytes, int zero, int bits, const Digits& to);
 
 constexpr int CHANNELS = 4;       // rows of weights that are multiplied at a time
@@ -70,8 +71,8 @@ struct WeightRows {
 constexpr int64_t MOST_CHANNELS = 32, MOST_ROWS = 8;
 using DotDigitsFunction = void (*)(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);
 
-// sums[r] = sum over k of weight[k] * x[r][k] for at most MOST_ROWS of x. The weights are a packed stream of `bits` bits
-// each, count a multiple of 8, times the scale of their group: group as in Digits; with 0 there are no scales.
+// sums[r] = sum over k of weight[k] * x[r][k] for at most MOST_ROWS of x. The weights are a packed stream of `bits`
+// bits each, count a multiple of 8, times the scale of their group: group as in Digits; with 0 there are no scales.
 using DotFunction = void (*)(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,
                              const float* const* x, int64_t rows, float* sums);
 

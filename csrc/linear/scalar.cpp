@@ -41,7 +41,8 @@ void dot_digits_scalar(const WeightRows& weights, const Digits* x, int64_t rows,
       const uint8_t* corrections = x[r].corrections;
       float sum = 0;
       for (int64_t first = 0; first < x[r].columns; first += piece, corrections += count * WIDTH) {
-        const int64_t left = weights.row_bytes - first / per_byte, bytes = left < piece / per_byte ? left : piece / per_byte;
+        const int64_t left = weights.row_bytes - first / per_byte,
+                      bytes = left < piece / per_byte ? left : piece / per_byte;
         const uint8_t* packed = weights.packed[c] + first / per_byte;
         Lane lanes[4][LANES];
         std::memcpy(lanes, corrections, count * WIDTH);

@@ -68,7 +68,8 @@ void dot_two(const uint8_t* a, const uint8_t* b, const float* scales_a, const fl
       __builtin_memcpy(last[1], from_b, bytes);
       from_a = last[0];
       from_b = last[1];
-      if (groups > 1) present = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes * 8 / BITS / x.group)), lanes);
+      if (groups > 1)
+        present = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes * 8 / BITS / x.group)), lanes);
     }
     __m256i of_a[DIGITS], of_b[DIGITS];
 #pragma GCC unroll 4

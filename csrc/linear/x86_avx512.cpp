@@ -17,7 +17,8 @@ constexpr int64_t AHEAD = 4096;  // bytes of a row, and of those behind it, that
 template <int BITS>
 inline __m512i values(__m512i bytes, int place) {
   if (BITS == 1) {
-    const __m512i at_1 = place ? _mm512_srli_epi16(bytes, static_cast<unsigned>(place - 1)) : _mm512_add_epi8(bytes, bytes);
+    const __m512i at_1 =
+        place ? _mm512_srli_epi16(bytes, static_cast<unsigned>(place - 1)) : _mm512_add_epi8(bytes, bytes);
     return _mm512_and_si512(at_1, _mm512_set1_epi8(2));
   }
   const __m512i shifted = _mm512_srli_epi16(bytes, static_cast<unsigned>(place * BITS));
@@ -38,14 +39,14 @@ struct Groups {
   __m512i of_lane;
 };
 
-// A piece of CHANNELS rows of weights, which is `bytes` long, times those of ROWS of activations, to 16 partial sums each;
-// those of the next row of activations lie `stride` behind. The accumulators of four channels and two rows fill the
-// registers: they stay there only in a function that is nothing but this loop, and if bytes that were loaded for one place
-// are not kept for the next. scales: of the rows' groups, or null.
+// A piece of CHANNELS rows of weights, which is `bytes` long, times those of ROWS of activations, to 16 partial sums
+// each; those of the next row of activations lie `stride` behind. The accumulators of four channels and two rows fill
+// the registers: they stay there only in a function that is nothing but this loop, and if bytes that were loaded for
+// one place are not kept for the next. scales: of the rows' groups, or null.
 template <int BITS, int DIGITS, int ROWS>
 __attribute__((noinline)) void add_piece(const uint8_t* const* weights, const float* const* scales,
-                                         const Groups& groups, int64_t start, int64_t bytes, const Piece* x, float* sums,
-                                         int64_t stride) {
+                                         const Groups& groups, int64_t start, int64_t bytes, const Piece* x,
+                                         float* sums, int64_t stride) {
   __m512i total[ROWS][DIGITS][CHANNELS];
 #pragma GCC unroll 2
   for (int r = 0; r < ROWS; ++r)
@@ -171,7 +172,9 @@ void add_floats(const uint8_t* index, int64_t start, int64_t count, int bits, co
 
 }  // namespace
 
-bool split_digits_avx512(const float* x, int bits, const Digits& to) { return split_digits<int32_t, WIDTH>(x, bits, to); }
+bool split_digits_avx512(const float* x, int bits, const Digits& to) {
+  return split_digits<int32_t, WIDTH>(x, bits, to);
+}
 
 void split_bytes_avx512(const uint8_t* bytes, int zero, int bits, const Digits& to) {
   split_bytes<int32_t, WIDTH>(bytes, zero, bits, to);

@@ -9,8 +9,8 @@ namespace bitorch_engine {
 
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };  // ops/cpu/loading.py has the same numbers
 
-// index = clamp(rint(x * inverse_scale) - low, 0, 2**bits - 1); at 1 bit: x >= 0. NaN becomes the code 0 (at 1 bit, +1).
-// What is written is index * step. See ops/reference/activation.py.
+// index = clamp(rint(x * inverse_scale) - low, 0, 2**bits - 1); at 1 bit: x >= 0. NaN becomes the code 0 (at 1 bit,
+// +1). What is written is index * step. See ops/reference/activation.py.
 struct ActivationRule {
   float inverse_scale;
   float low;

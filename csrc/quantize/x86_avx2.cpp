@@ -22,8 +22,8 @@ __m256 load(const void* x, int64_t i) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// What has to be done again by the scalar kernel: infinities and NaN make `odd` NaN, or, where values are rounded before
-// they are clamped, they, numbers beyond 32 bits, and codes below those of 16 make `least` the least integer.
+// What has to be done again by the scalar kernel: infinities and NaN make `odd` NaN, or, where values are rounded
+// before they are clamped, they, numbers beyond 32 bits, and codes below those of 16 make `least` the least integer.
 struct Odd {
   __m256 odd = _mm256_setzero_ps();
   __m256i least = _mm256_setzero_si256();  // 16 bits each
@@ -149,8 +149,8 @@ void turn(const uint8_t* lines, int64_t stride, int64_t pixels, int64_t deep, ui
 }
 
 // Pixels lie together in x, channels in out: 16 lines of pixels become bytes, which are turned.
-bool quantize_planes(const Run& run, const void* x, int64_t channel_stride, int64_t pixels, int64_t channels, uint8_t* out,
-                     int64_t out_stride, uint8_t* beyond) {
+bool quantize_planes(const Run& run, const void* x, int64_t channel_stride, int64_t pixels, int64_t channels,
+                     uint8_t* out, int64_t out_stride, uint8_t* beyond) {
   constexpr int64_t PIXELS = 128;
   alignas(32) uint8_t codes[16 * PIXELS] = {}, outside[16 * PIXELS] = {};
   bool odd = false;
@@ -170,7 +170,8 @@ bool quantize_planes(const Run& run, const void* x, int64_t channel_stride, int6
 }  // namespace
 
 bool quantize_activation_avx2(const void* x, Dtype dtype, int64_t pixel_stride, int64_t channel_stride, int64_t pixels,
-                              int64_t channels, ActivationRule rule, uint8_t* out, int64_t out_stride, uint8_t* beyond) {
+                              int64_t channels, ActivationRule rule, uint8_t* out, int64_t out_stride,
+                              uint8_t* beyond) {
   if (channel_stride != 1 && pixel_stride != 1 && pixels > 1)
     return quantize_activation_scalar(x, dtype, pixel_stride, channel_stride, pixels, channels, rule, out, out_stride,
                                       beyond);

@@ -55,8 +55,8 @@ Quantized quantize(__m512 x, const Rule& rule, __mmask16& odd) {
   return q;
 }
 
-// Four vectors of numbers to one of bytes, which saturate. Packing two by two works within 128-bit lanes; `order` puts the
-// lanes back in order.
+// Four vectors of numbers to one of bytes, which saturate. Packing two by two works within 128-bit lanes; `order` puts
+// the lanes back in order.
 __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d, __m512i added) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(a, b), added);

@@ -11,7 +11,8 @@ namespace bitorch_engine {
 namespace {
 
 #if defined(__x86_64__)
-// x86-64-v3, for which the files are compiled. A virtual machine may hide one of them; what else v3 has comes with these.
+// x86-64-v3, for which the files are compiled. A virtual machine may hide one of them; what else v3 has comes with
+// these.
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2");

@@ -1,4 +1,5 @@
-// One row per kernel: its implementations by instruction set. Rows feed dispatch, the agreement tests and the benchmarks.
+// One row per kernel: its implementations by instruction set. Rows feed dispatch, the agreement tests and the
+// benchmarks.
 #pragma once
 
 #include "runtime/isa.h"

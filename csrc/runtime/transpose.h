@@ -10,9 +10,10 @@
 namespace bitorch_engine {
 
 #if defined(__SSE2__)
-// 16 rows of 16 bytes, of which the first `columns` columns are stored: four rounds, each of which interleaves row i with
-// row i + 8.
-static inline void transpose_16_bytes(const uint8_t* from, int64_t stride, uint8_t* to, int64_t pitch, int columns = 16) {
+// 16 rows of 16 bytes, of which the first `columns` columns are stored: four rounds, each of which interleaves row i
+// with row i + 8.
+static inline void transpose_16_bytes(const uint8_t* from, int64_t stride, uint8_t* to, int64_t pitch,
+                                      int columns = 16) {
   __m128i r[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride));

@@ -18,7 +18,8 @@ struct Near {
 std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Random& random) {
   const int bits = 1 << random.between(0, 2), count = static_cast<int>(random.between(2, 4));
   const int64_t group = random.between(0, 1) << random.between(5, 10), channels = CHANNELS * random.between(1, 3);
-  const int64_t columns = group ? group * random.between(1, 6) : 8 * random.between(1, 200), rows = random.between(1, 4);
+  const int64_t columns = group ? group * random.between(1, 6) : 8 * random.between(1, 200),
+                rows = random.between(1, 4);
   const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP, pieces = groups * GROUP / 32;
   const std::vector<uint8_t> packed = random.bytes(channels * row_bytes);
   const std::vector<float> x = random.numbers(rows * columns, 1);

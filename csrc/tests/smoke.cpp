@@ -1,5 +1,6 @@
-// Every kernel entry that needs no more than bytes, on every instruction set of this processor, through the C interface:
-// for processors where Python and torch are not at hand, under qemu. `make check-arm` and docs/kernels.md use it.
+// Every kernel entry that needs no more than bytes, on every instruction set of this processor, through the C
+// interface: for processors where Python and torch are not at hand, under qemu. `make check-arm` and docs/kernels.md
+// use it.
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -18,7 +19,8 @@ namespace {
 
 // Value i is the bits i * bits .. of the stream, the lowest first.
 bool packs(int64_t count, int bits, int threads) {
-  std::vector<uint8_t> values(count), packed((count * bits + 7) / 8, 0xff), expected(packed.size(), 0), back(count, 0xff);
+  std::vector<uint8_t> values(count), packed((count * bits + 7) / 8, 0xff), expected(packed.size(), 0),
+      back(count, 0xff);
   uint32_t state = 1;
   for (int64_t i = 0; i < count; ++i) {
     state = state * 1664525u + 1013904223u;

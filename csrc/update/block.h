@@ -6,8 +6,8 @@
 //   max_size: of a, which is not negative, and the size of b
 //   with_sign: x, whose upper bit is not set, with the one of y
 //
-// What lies in memory comes in fours of vectors, in an order that is the Simd's own: that of unpacking and packing within
-// 128 bits, where this is cheaper than the order of the elements.
+// What lies in memory comes in fours of vectors, in an order that is the Simd's own: that of unpacking and packing
+// within 128 bits, where this is cheaper than the order of the elements.
 //
 //   lanes4             the place of each element among the 4 * width
 //   load4, store4      floats
@@ -56,9 +56,9 @@ struct alignas(64) Held {
   int32_t unit;
 };
 
-// A block of a moment: what holds for all of it is read at the start; load4(i, values) and put4(i, values, noise) take and
-// give four vectors; settle() comes when all are put; encode(held, noises) writes what had to wait until then. It is called
-// a block later, when what settle found out has long arrived.
+// A block of a moment: what holds for all of it is read at the start; load4(i, values) and put4(i, values, noise) take
+// and give four vectors; settle() comes when all are put; encode(held, noises) writes what had to wait until then. It
+// is called a block later, when what settle found out has long arrived.
 template <class S, MomentKind kind, bool is_signed>
 struct Moment;
 
@@ -208,7 +208,8 @@ static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t 
   if constexpr (second_kind != NONE) lines(blocks.second, moment_bytes(second_kind));
 }
 
-// Noise of four vectors in the first half of a block, whose elements begin at `start`; the second half has a multiple of it.
+// Noise of four vectors in the first half of a block, whose elements begin at `start`; the second half has a multiple
+// of it.
 template <class S>
 ALWAYS_INLINE static inline void noise4(uint32_t key, int64_t start, const typename S::I* lanes, typename S::I* out) {
   const auto base = S::ints(static_cast<int32_t>(key ^ static_cast<uint32_t>(start)));
@@ -252,7 +253,8 @@ ALWAYS_INLINE static inline void lay_out_rates(const Blocks& blocks, int64_t blo
 
 // The gradient of a block, times the factor: where it lies, or in `wide`.
 template <class S>
-ALWAYS_INLINE static inline const float* float_grad(const StepRule& rule, const Blocks& blocks, int64_t block, float* wide) {
+ALWAYS_INLINE static inline const float* float_grad(const StepRule& rule, const Blocks& blocks, int64_t block,
+                                                    float* wide) {
   const float* grad = static_cast<const float*>(blocks.grad) + block * BLOCK;
   if (!rule.grad_bf16 && rule.grad_factor == 1) return grad;
   const auto factor = S::floats(rule.grad_factor);
@@ -326,7 +328,8 @@ struct alignas(64) Passing {
 };
 
 template <class S>
-ALWAYS_INLINE static inline void make_noise(const StepRule& rule, int64_t start, const typename S::I* lanes, Passing& to) {
+ALWAYS_INLINE static inline void make_noise(const StepRule& rule, int64_t start, const typename S::I* lanes,
+                                            Passing& to) {
   const uint32_t key = key_at(rule.key, start);
   for (int i = 0; i < BLOCK / 2; i += 4 * S::width) {
     typename S::I noise[4];
@@ -339,8 +342,9 @@ ALWAYS_INLINE static inline void make_noise(const StepRule& rule, int64_t start,
   }
 }
 
-// Hashes, roots and quotients take their time. The noise of a block is made a block before it is used, and levels and codes
-// are written a block after what they wait for was begun, so that nothing stands in the queue of the processor meanwhile.
+// Hashes, roots and quotients take their time. The noise of a block is made a block before it is used, and levels and
+// codes are written a block after what they wait for was begun, so that nothing stands in the queue of the processor
+// meanwhile.
 template <class S, MomentKind first_kind, MomentKind second_kind>
 static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   if constexpr (first_kind == NONE && second_kind == NONE) return move_blocks<S>(rule, blocks);
@@ -476,7 +480,8 @@ static inline float mean_square_here(const void* grad, int bf16, float factor, i
       S::store(scratch + i, S::add(squares(i), squares(half + i)));
       if (i % 16 == 0) {  // of the next row, where the processor does not yet guess
         __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values + i) + 4 * count), 0, 2);
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values + half + i) + 4 * count), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values + half + i) + 4 * count), 0,
+                           2);
       }
     }
     for (; i < both; ++i) scratch[i] = square(i) + square(half + i);
@@ -497,8 +502,8 @@ static inline float mean_square_here(const void* grad, int bf16, float factor, i
   return scratch[0] * static_cast<float>(1.0 / static_cast<double>(count));
 }
 
-// Sizes of floats are in the order of their bits, NaN above all. Four runs at a time: a processor fetches several streams
-// faster than one.
+// Sizes of floats are in the order of their bits, NaN above all. Four runs at a time: a processor fetches several
+// streams faster than one.
 template <class S>
 static inline bool within_here(const float* values, int64_t count, float limit) {
   constexpr int runs = 4, step = 2 * S::width;

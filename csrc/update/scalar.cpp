@@ -142,6 +142,8 @@ float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count
   return mean_square_here<Scalar>(grad, bf16, factor, count, scratch);
 }
 
-bool within_scalar(const float* values, int64_t count, float limit) { return within_here<Scalar>(values, count, limit); }
+bool within_scalar(const float* values, int64_t count, float limit) {
+  return within_here<Scalar>(values, count, limit);
+}
 
 }  // namespace bitorch_engine

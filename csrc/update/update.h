@@ -30,8 +30,8 @@ struct StepRule {
   uint32_t key;
 };
 
-// `count` blocks in a row. rate: units of 2**-23 levels a unit of the gradient, 128 floats for a block; those of the next
-// block lie rate_stride behind, 0 where all blocks lie in one row.
+// `count` blocks in a row. rate: units of 2**-23 levels a unit of the gradient, 128 floats for a block; those of the
+// next block lie rate_stride behind, 0 where all blocks lie in one row.
 struct Blocks {
   uint8_t *packed, *residual;
   const void* grad;

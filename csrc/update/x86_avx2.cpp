@@ -5,7 +5,8 @@
 namespace bitorch_engine {
 namespace {
 
-// Where the bits of 128 packed values of `bits` bits are, 32 at a time: 16 to each half of a vector, in two words of eight.
+// Where the bits of 128 packed values of `bits` bits are, 32 at a time: 16 to each half of a vector, in two words of
+// eight.
 struct alignas(32) Windows {
   uint8_t bytes[4][2][32];  // two bytes that hold the value, for each word
   uint16_t lift[16];        // what brings it to the top of the word
@@ -85,8 +86,8 @@ struct Avx2 {
   template <class T>
   static __m256i load_apart(const T* low, const T* high) {
     const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)),
-                                   1);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(first),
+                                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
   }
   template <class T>
   static void store_apart(T* low, T* high, __m256i x) {
@@ -180,7 +181,8 @@ struct Avx2 {
     for (int i = 0; i < BLOCK; i += 64) {
       const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + i / 2));
       const __m256i rest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(residual + i / 2));
-      const __m256i even = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(index, low), 4), _mm256_and_si256(rest, low));
+      const __m256i even =
+          _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(index, low), 4), _mm256_and_si256(rest, low));
       const __m256i odd = _mm256_or_si256(_mm256_andnot_si256(low, index), _mm256_and_si256(right<4>(rest), low));
       store_apart(levels + i, levels + i + 32, _mm256_unpacklo_epi8(even, odd));
       store_apart(levels + i + 16, levels + i + 48, _mm256_unpackhi_epi8(even, odd));

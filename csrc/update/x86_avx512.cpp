@@ -87,7 +87,8 @@ struct Plane {
     const __m512i groups = _mm512_ternarylogic_epi64(quads, _mm512_srl_epi64(quads, upper_shift), low_half, 0xE4);
     store(at, _mm512_permutexvar_epi8(collect, groups));
   }
-  // Not by one masked store: the next block's loads would overlap with what it leaves alone, and may wait until it is done.
+  // Not by one masked store: the next block's loads would overlap with what it leaves alone, and may wait until it is
+  // done.
   void store(uint8_t* at, __m512i x) const {
     __m256i part = _mm512_castsi512_si256(x);
     if (bits & 4) {
@@ -148,7 +149,8 @@ struct Avx512 {
   }
   template <int n>
   static I right(I x) {
-    if constexpr (n == 16) {  // by a shuffle: Intel's processors have one port for shifts of 512 bits, and the other for these
+    if constexpr (n == 16) {
+      // By a shuffle: Intel's processors have one port for shifts of 512 bits, and the other for these.
       const __m128i upper = _mm_setr_epi32(static_cast<int>(0x80800302), static_cast<int>(0x80800706),
                                            static_cast<int>(0x80800B0A), static_cast<int>(0x80800F0E));
       return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(upper));
@@ -274,6 +276,8 @@ float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count
   return mean_square_here<Avx512>(grad, bf16, factor, count, scratch);
 }
 
-bool within_avx512(const float* values, int64_t count, float limit) { return within_here<Avx512>(values, count, limit); }
+bool within_avx512(const float* values, int64_t count, float limit) {
+  return within_here<Avx512>(values, count, limit);
+}
 
 }  // namespace bitorch_engine
