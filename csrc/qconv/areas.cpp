@@ -41,9 +41,12 @@ Tiles tiles(int64_t pairs) {
 
 }  // namespace
 
-Areas::Areas(const Product& p, const Phase& phase, const int32_t* sums, int zero, int64_t pairs) {
+std::vector<Region> regions_in_use(const Product& p, const Phase& phase, int64_t pairs) {
   // The matrix unit's runs are longer than the edges of small maps.
-  const auto all = current_isa() == AMX ? std::vector{whole(phase)} : regions(p, phase, tiles(pairs));
+  return current_isa() == AMX ? std::vector{whole(phase)} : regions(p, phase, tiles(pairs));
+}
+
+Areas::Areas(const Product& p, const Phase& phase, const std::vector<Region>& all, const int32_t* sums, int zero) {
   const int64_t channels = p.groups * p.blocks() * BLOCK;
   int64_t taps = 0, first = 0;
   for (const Region& region : all) taps += region.taps();

@@ -19,11 +19,14 @@ struct Area {
   const int32_t* zero_sum;    // (groups * blocks * 16): `zero` times the sum of the weights of its taps
 };
 
+// The regions of a phase that the kernel in use takes apart. pairs: see Tile.
+std::vector<Region> regions_in_use(const Product& product, const Phase& phase, int64_t pairs);
+
 // Those of a phase, in which the pixels of one come after those of another.
 class Areas {
  public:
-  // sums: of be_qconv_arrange.  zero: what the image is padded with.  pairs: see Tile.
-  Areas(const Product& product, const Phase& phase, const int32_t* sums, int zero, int64_t pairs);
+  // sums: of be_qconv_arrange.  zero: what the image is padded with.
+  Areas(const Product& product, const Phase& phase, const std::vector<Region>& all, const int32_t* sums, int zero);
 
   const Area* begin() const { return areas_.data(); }
   const Area* end() const { return begin() + areas_.size(); }

@@ -6,11 +6,13 @@
 #include <memory>
 
 #include "qconv/areas.h"
+#include "qconv/call.h"
 #include "qconv/image.h"
 #include "qconv/product.h"
 #include "qconv/results.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "winograd/winograd.h"
 
 namespace bitorch_engine {
 
@@ -26,22 +28,6 @@ namespace {
 
 // Decoded weights that are used together: they should stay in the L2 cache, of which processors without AVX-512 have less.
 int64_t panel_bytes() { return current_isa() < AVX512 ? 1 << 18 : 1 << 20; }
-
-// What stays the same over a whole call.
-struct Call {
-  const Product& product;
-  const uint8_t* image;
-  const uint8_t* weights;  // arranged: packed, or codes where bits is 8
-  int bits;
-  int64_t pairs;        // see Tile
-  const int32_t* sums;  // of be_qconv_arrange
-  int zero;             // what the image is padded with
-  Epilogue epilogue;    // pointers to the first of all, but for zero_sum: each region has its own
-  const float* sample_factor;  // one a sample, or null
-  uint8_t* out;
-  int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
-  int64_t element_bytes;
-};
 
 // Pixels whose bases are equally far apart in the image.
 struct Line {
@@ -229,7 +215,7 @@ void multiply_part(const Call& call, const Phase& phase, const Areas& areas, int
   if (results.epilogue.bias) results.epilogue.bias += group * p.result_channels;
   uint8_t* const first_out = call.out + group * p.result_channels * call.out_channel * call.element_bytes;
   const uint8_t* const image = call.image + group * p.image_depth;
-  Tile tile{rows, 0, nullptr, 0, 0, nullptr, block_bytes, 0, totals, lengths, 0, call.pairs, &results, &setup};
+  Tile tile{rows, 0, nullptr, 0, 0, nullptr, block_bytes, 0, totals, lengths, 0, call.pairs(), &results, &setup};
   int64_t located = -1, next = first_pixel;
 
   for (int64_t b0 = first_block; b0 < last_block; b0 += panel_blocks) {
@@ -284,7 +270,11 @@ void multiply_part(const Call& call, const Phase& phase, const Areas& areas, int
 void multiply_all(const Call& call, int threads) {
   const Product& p = call.product;
   for (const Phase& phase : p.phases) {
-    const Areas areas(p, phase, call.sums, call.zero, call.pairs);
+    if (winograd::suits(p, phase, call.largest, call.largest_weight)) {
+      winograd::multiply_all(call, phase, threads);
+      continue;
+    }
+    const Areas areas(p, phase, regions_in_use(p, phase, call.pairs()), call.sums, call.zero);
     const int64_t pixels = areas.pixels();
     for (int64_t group = 0; group < p.groups; ++group) {
       // Threads share the pixels; where those are few, the channels.
@@ -325,12 +315,11 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
   }
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float added = (poison ? *poison : 0.0f) + (image.odd() ? nan : 0.0f);
-  const int64_t largest_weight = int64_t{1} << (a->w_bits - 1);
   const Epilogue epilogue{nullptr, factor, bias, added, static_cast<Dtype>(a->out_dtype),
                           a->out_bytes != 0, static_cast<int>(a->out_zero)};
   const int64_t element = a->out_bytes ? 1 : a->out_dtype == FLOAT32 ? 4 : 2;
   const Call call{p, image.bytes(), weights, static_cast<int>(a->w_arranged_bits),
-                  32767 / (2 * image.largest() * largest_weight), sums, image.zero(), epilogue, sample_factor,
+                  image.largest(), int64_t{1} << (a->w_bits - 1), sums, image.zero(), epilogue, sample_factor,
                   static_cast<uint8_t*>(out), a->out_sample, a->out_channel,
                   {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
   multiply_all(call, threads);

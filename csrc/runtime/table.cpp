@@ -10,6 +10,7 @@
 #include "quantize/quantize.h"
 #include "square/square.h"
 #include "update/update.h"
+#include "winograd/winograd.h"
 
 namespace bitorch_engine {
 namespace {
@@ -23,6 +24,10 @@ const Row kernels[] = {
     decode_kernel.row(),
     finish_kernel.row(),
     split_kernel.row(),
+    winograd::weights_kernel.row(),
+    winograd::pixels_kernel.row(),
+    winograd::multiply_kernel.row(),
+    winograd::totals_kernel.row(),
     interleave_kernel.row(),
     widen_kernel.row(),
     largest_by_column_kernel.row(),

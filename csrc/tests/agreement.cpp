@@ -19,6 +19,7 @@ int main() {
   check_quantize(agreement);
   check_square(agreement);
   check_update(agreement);
+  check_winograd(agreement);
   bool all = true;
   for (int kernel = 0; kernel < be_kernel_count(); ++kernel) {
     if (agreement.checked(be_kernel_name(kernel))) continue;

@@ -125,5 +125,6 @@ void check_qconv(Agreement&);
 void check_quantize(Agreement&);
 void check_square(Agreement&);
 void check_update(Agreement&);
+void check_winograd(Agreement&);
 
 }  // namespace bitorch_engine

@@ -1,0 +1,66 @@
+#include "winograd/winograd.h"
+
+#include "agreement.h"
+#include "qconv/product.h"
+
+namespace bitorch_engine {
+namespace {
+
+using namespace winograd;
+
+std::vector<int16_t> words(Random& random, int64_t count, int64_t largest) {
+  std::vector<int16_t> all(count);
+  for (int16_t& word : all) word = static_cast<int16_t>(random.between(-largest, largest));
+  return all;
+}
+
+Written weights(WeightsFunction kernel, Random& random) {
+  const int64_t depth = 4 * random.between(1, 20), padded = (depth + UNIT - 1) / UNIT * UNIT;
+  const int64_t step = (depth + 4 * random.between(0, 9)) * BLOCK;
+  std::vector<int8_t> block(9 * step);
+  for (int8_t& code : block) code = static_cast<int8_t>(random.between(-128, 127));
+  std::vector<int16_t> out(PLACES * pitch_of(padded * BLOCK));
+  kernel(block.data(), step, depth, padded, out.data());
+  return Written().add(out);
+}
+
+Written pixels(PixelsFunction kernel, Random& random) {
+  const int64_t depth = UNIT * random.between(1, 5), pitch = pitch_of(depth * random.between(1, 3));
+  const std::vector<uint8_t> image = random.bytes(6000);
+  const uint8_t* lines[READ];
+  int64_t columns[READ];
+  for (const uint8_t*& line : lines) line = image.data() + random.between(0, 3000);
+  for (int64_t& column : columns) column = random.between(0, 2800);
+  std::vector<int16_t> out(PLACES * pitch);
+  kernel(lines, columns, depth, out.data(), pitch);
+  return Written().add(out);
+}
+
+Written multiply(MultiplyFunction kernel, Random& random) {
+  const int64_t tiles = random.between(1, 15), depth = UNIT * random.between(1, 4), pitch = pitch_of(tiles * depth);
+  const std::vector<int16_t> of_pixels = words(random, PLACES * pitch, 68 * 255);
+  const std::vector<int16_t> of_weights = words(random, PLACES * pitch_of(depth * BLOCK), 49 * 128);
+  std::vector<int32_t> sums(PLACES * tiles * BLOCK, 1 << 30);
+  kernel(of_pixels.data(), pitch, of_weights.data(), tiles, depth, random.flip(), sums.data());
+  return Written().add(sums);
+}
+
+Written totals(TotalsFunction kernel, Random& random) {
+  const int64_t tiles = random.between(1, 15), first = random.between(0, tiles - 1);
+  const int64_t count = random.between(1, tiles - first);
+  std::vector<int32_t> sums(PLACES * tiles * BLOCK), out(SIDE * SIDE * count * COLUMNS, 1 << 25);
+  for (int32_t& sum : sums) sum = static_cast<int32_t>(random.bits());
+  kernel(sums.data(), tiles, first, count, random.flip(), out.data());
+  return Written().add(out);
+}
+
+}  // namespace
+
+void check_winograd(Agreement& agreement) {
+  agreement.check(weights_kernel, 100, weights);
+  agreement.check(pixels_kernel, 100, pixels);
+  agreement.check(winograd::multiply_kernel, 100, multiply);
+  agreement.check(totals_kernel, 100, totals);
+}
+
+}  // namespace bitorch_engine
