@@ -196,6 +196,12 @@ class LowBitLayer(nn.Module):
         self._remember(ops.plan("conv", *arguments), x, weight.packed, geometry.output_padding)
         return ops.conv(*arguments)
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What torch.nn.Module calls instead of forward while torch.jit traces; which then fails with an assertion."""
+        raise NotImplementedError(
+            f"torch.jit.trace cannot trace {type(self).__name__}; use torch.export.export or torch.compile instead."
+        )
+
     def extra_repr(self) -> str:
         bits = f", w_bit={self.w_bit}"
         bits += f", a_bit={self.a_bit}" if self.a_bit is not None else ""

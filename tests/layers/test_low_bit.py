@@ -349,6 +349,15 @@ def test_integers_are_refused(name: str) -> None:
             layer(x.round().long())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_tracing_with_torch_jit_is_refused(name: str) -> None:
+    layer, x = in_use(name)
+    for record in (True, False):
+        with torch.set_grad_enabled(record), pytest.raises(NotImplementedError, match="use torch.export.export or"):
+            torch.jit.trace(nn.Sequential(layer), (x,))
+    check(layer, x)
+
+
 def test_a_written_weight_is_forgotten_in_every_shape(name: str) -> None:
     layer, x = in_use(name)
     with torch.no_grad():
