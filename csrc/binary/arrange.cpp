@@ -38,7 +38,8 @@ BE_EXPORT int64_t be_binary_arranged_words(const Geometry* g, int bits) {
 }
 
 // packed: the canonical stream.
-BE_EXPORT void be_binary_arrange(const Geometry* geometry, int bits, const uint8_t* packed, uint32_t* out, int threads) {
+BE_EXPORT void be_binary_arrange(const Geometry* geometry, int bits, const uint8_t* packed, uint32_t* out,
+                                 int threads) {
   const Geometry& g = *geometry;
   const int64_t channels = g.in_channels / g.groups, results = g.out_channels / g.groups, taps = g.taps();
   const int64_t blocks = (results + LANES - 1) / LANES, columns = channels * taps;

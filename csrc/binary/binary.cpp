@@ -55,6 +55,16 @@ struct Call {
   int64_t pitch() const { return geometry.groups * units(); }  // words of one pixel, or entries
   int64_t results() const { return geometry.out_channels / geometry.groups; }
   int64_t blocks() const { return (results() + LANES - 1) / LANES; }
+  // Of a tile at most. More than MOST_BLOCKS only for floats in place, where all are whole and the L1 cache has room
+  // for them.
+  int64_t blocks_at_once() const {
+    constexpr int64_t ROOM = 20 << 10;
+    if (!lookup || dtype != FLOAT32 || out_channel != 1 || results() % (lookup->blocks * LANES)) return MOST_BLOCKS;
+    return panel_bytes(lookup->blocks) <= ROOM ? lookup->blocks : MOST_BLOCKS;
+  }
+  int64_t panel_bytes(int64_t blocks) const {
+    return lookup ? lookup::panel_bytes(geometry.taps() * lookup::bytes_of(channels()), blocks) : 0;
+  }
   int64_t block_words() const { return LANES * geometry.taps() * words(); }
   int64_t element() const { return dtype == FLOAT32 ? 4 : 2; }
 };
@@ -141,7 +151,12 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
   const Span &z = box.span[1], &y = box.span[2], &x = box.span[3];
   const int64_t units = call.units(), step = g.dilation[2] * call.pitch();
   const int64_t taps = x.high - x.low, together = step == units ? taps : 1;
-  int64_t count = 0, room = call.table->longest;  // entries until sums are widened
+  // Entries until sums are widened: about as many each time, a multiple of those that are added at once.
+  constexpr int64_t AT_ONCE = 12;
+  const int64_t all = (z.high - z.low) * (y.high - y.low) * taps * units, longest = call.table->longest;
+  const int64_t times = std::max<int64_t>(1, (all + longest - 1) / longest), each = (all + times - 1) / times;
+  const int64_t most = std::min(longest, (each + AT_ONCE - 1) / AT_ONCE * AT_ONCE);
+  int64_t count = 0, room = most;
   for (int64_t a = z.low; a < z.high; ++a)
     for (int64_t b = y.low; b < y.high; ++b)
       for (int64_t c = x.low; c < x.high; c += together) {
@@ -151,7 +166,7 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
         for (int64_t at = 0, piece; at < length; at += piece) {
           piece = call.lookup ? std::min(room, length - at) : length;
           segments[count++] = {image + at, tap * units + at, piece};
-          room = room > piece ? room - piece : call.table->longest;
+          room = room > piece ? room - piece : most;
         }
       }
   return count;
@@ -181,15 +196,17 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
   const auto finish = finish_kernel.pick();
   const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
   const int64_t results = call.results(), group_start = group * call.units();
-  const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + call.units() / call.table->longest)]);
-  const int64_t share = COLUMNS / (LINE / call.tile_pixels());  // of the channels of planes, whose lines a few tiles fill
+  const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + 2 * call.units() / call.table->longest)]);
+  // Of the channels of planes, whose lines a few tiles fill.
+  const int64_t share = COLUMNS / (LINE / call.tile_pixels());
   const int64_t tiles_at_once = call.lookup ? LOOKED_UP_AT_ONCE / call.lookup->pixels : PIXELS_AT_ONCE / MOST_PIXELS;
-  const auto panel = new_buffer<uint8_t>(call.lookup ? lookup::panel_bytes(taps * lookup::bytes_of(channels), MOST_BLOCKS) : 0);
+  const int64_t blocks_at_once = call.blocks_at_once();
+  const auto panel = new_buffer<uint8_t>(call.panel_bytes(blocks_at_once));
   const auto rows = new_buffer<float>(tiles_at_once * call.tile_pixels() * COLUMNS);  // or totals, int32
   const int32_t zero_sum[COLUMNS] = {};
   std::vector<Stretch> stretches(tiles_at_once);  // of the results
   std::vector<Place> places(tiles_at_once);
-  const int64_t passes = (last_block - first_block + MOST_BLOCKS - 1) / MOST_BLOCKS;
+  const int64_t passes = (last_block - first_block + blocks_at_once - 1) / blocks_at_once;
   const int64_t lines = group > 0 ? 0 : 1 + call.upcoming_bytes / (64 * call.tiles() * passes);  // a tile
 
   Walk walk(call, first_tile);
@@ -202,17 +219,18 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
     Tile tile{};
     tile.segments = segments.get();
     tile.block_words = block_words;
-    for (int64_t b = first_block; b < last_block; b += MOST_BLOCKS) {
+    for (int64_t b = first_block; b < last_block; b += blocks_at_once) {
       const int64_t channel = group * results + b * LANES;
-      const int64_t some = std::min(COLUMNS, results - b * LANES);
-      tile.blocks = std::min(MOST_BLOCKS, last_block - b);
+      const int64_t some = std::min(blocks_at_once * LANES, results - b * LANES);
+      tile.blocks = std::min(blocks_at_once, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
       if (call.lookup && (passes > 1 || first == first_tile))
         call.lookup->make_panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
       // Tiles store floats where they belong, or, for planes of pixels, in rows, which are turned.
-      const bool floats = call.dtype == FLOAT32 && some >= tile.blocks * LANES, in_place = floats && call.out_channel == 1;
+      const bool floats = call.dtype == FLOAT32 && some >= tile.blocks * LANES;
+      const bool in_place = floats && call.out_channel == 1;
       const bool turned = floats && !in_place && call.lookup;
       int64_t row = 0, number = 0, fetched = 0;
       for (int64_t i = 0; i < count; ++i) {
@@ -317,8 +335,8 @@ int64_t samples_at_once(const BinaryArguments& a, int64_t sample_bytes) {
   return (a.geometry.batch + lots - 1) / lots;
 }
 
-// Where each result reads one pixel, the next line is as good a neighbour as any: all pixels are one line, as far as their
-// results lie at equal distances, and are cut into fewer tiles.
+// Where each result reads one pixel, the next line is as good a neighbour as any: all pixels are one line, as far as
+// their results lie at equal distances, and are cut into fewer tiles.
 Geometry flattened(Geometry g, const int64_t (&steps)[4]) {
   for (int d = 0; d < 3; ++d)
     if (g.kernel[d] > 1 || g.stride[d] > 1 || g.in[d] != g.out[d]) return g;

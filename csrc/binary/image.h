@@ -26,8 +26,8 @@ static inline uint32_t bits_at(const uint8_t* stream, int64_t bytes, int64_t bit
 
 class Image {
  public:
-  // The signs of x * inverse_scale, or at 2 bits the indices, counted from `low`. Strides in elements, in the order of (N, C,
-  // depth, height, width). The geometry's channels are bits.
+  // The signs of x * inverse_scale, or at 2 bits the indices, counted from `low`. Strides in elements, in the order of
+  // (N, C, depth, height, width). The geometry's channels are bits.
   Image(const Geometry& geometry, const void* x, Dtype dtype, const int64_t* strides, int64_t bits, float low,
         float inverse_scale, int threads);
   // A packed stream of codes in channels-last order. Where channels fill their words, it is the image.

@@ -118,8 +118,8 @@ bool sign_runs(const Floats& f, uint32_t* out, int64_t out_stride) {
   return seen;
 }
 
-// The signs of COUNT channels, `channel` the first of them, of `pixels` pixels that lie together: each lane of `words` is a
-// pixel, whose bits move up for them. Few channels at a time are few streams, which the processor fetches ahead.
+// The signs of COUNT channels, `channel` the first of them, of `pixels` pixels that lie together: each lane of `words`
+// is a pixel, whose bits move up for them. Few channels at a time are few streams, which the processor fetches ahead.
 template <Dtype dtype, int COUNT>
 void add_signs(const Floats& f, int64_t channel, int64_t pixel, int64_t pixels, uint32_t* words, __m256& odd) {
   const __m256 inverse = _mm256_set1_ps(f.inverse_scale), zero = _mm256_setzero_ps();

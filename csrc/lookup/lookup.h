@@ -1,19 +1,21 @@
-// Products of codes of 1 and 2 bits looked up four bits at a time, for processors whose vectors shuffle bytes but count no
-// ones. The bits of an activation choose a table of 16 bytes, those of the weight, w, an entry in it:
+// Products of codes of 1 and 2 bits looked up four bits at a time, for processors whose vectors shuffle bytes but count
+// no ones. The bits of an activation choose a table of 16 bytes, those of the weight, w, an entry in it:
 //
 //   1 bit:   x and y, four channels of two pixels
 //            table[x, y][w] = popcount(x ^ w) + 16 * popcount(y ^ w)         total = products - 2 * sum
 //   2 bits:  x, four channels of a pixel, and w, the lower bits of four weights, or the upper ones, which count -2
-//            table[x][w] = codes where w is 1, added, - their least          total = sum - 2 * sum of the upper ones - least
+//            table[x][w] = codes where w is 1, added, - their least
+//                                                                    total = sum - 2 * sum of the upper ones - least
 //
 //   of a vector of 32 result channels: sum += shuffle(table, w)
 //
-// At 1 bit, three sums of two pixels fit a byte before its halves are parted: a shuffle and a little more than two additions
-// are 256 products. Exclusive or and population count take six times as many instructions.
+// At 1 bit, three sums of two pixels fit a byte before its halves are parted, for which the upper ones alone are
+// counted again: a shuffle and less than two operations more are 256 products. Exclusive or and population count take
+// seven times as many instructions.
 //
-// What is stored of a pixel are *entries*, offsets of tables, 16 bits each: at 1 bit one for four bits of it and of the pixel
-// beside it in a tile, at 2 bits one for eight bits. Of the weight there is a *panel* of up to 64 result channels, a byte for
-// four bits of each:
+// What is stored of a pixel are *entries*, offsets of tables, 16 bits each: at 1 bit one for four bits of it and of the
+// pixel beside it in a tile, at 2 bits one for eight bits. Of the weight there is a *panel* of the result channels
+// of a tile, a byte for four bits of each:
 //
 //   [four bits][vector of 32 result channels]
 //
@@ -33,8 +35,8 @@ namespace lookup {
 struct Table {
   const uint8_t* values;
   int32_t least;    // of what a value stands for: a value counts from it
-  int64_t longest;  // entries whose sum fits 8 bits, and so those of a segment
-  int64_t most;     // entries whose sum fits 16 bits
+  int64_t longest;  // entries whose sum fits 8 bits, and so those of a segment; a sum of 256 signs is told from 0
+  int64_t most;     // entries whose sum fits 16 bits; of signs, twice
 };
 extern const Table signs;                         // 1 bit
 extern const Table unsigned_pairs, signed_pairs;  // 2 bits: activations 0 .. 3 and -2 .. 1, weights -2 .. 1
@@ -49,6 +51,7 @@ static inline int64_t panel_bytes(int64_t bytes, int64_t blocks) { return bytes 
 // The kernels of one instruction set, for signs or for pairs.
 struct Lookup {
   int64_t pixels;   // of a tile at most
+  int64_t blocks;   // and blocks, where it stores floats; else binary::MOST_BLOCKS
   int64_t entries;  // for eight bits of a pixel
   bool partners;    // an entry has bits of two pixels
   // Entries of `runs` times `bits` bits, each run in whole words, from words to out. seconds: of the second pixels.
@@ -58,8 +61,8 @@ struct Lookup {
                      uint8_t* out);
   // As binary::MultiplyFunction, but that segments count in entries, and total = tile.products + what the sums add.
   void (*multiply)(const binary::Tile& tile, const Table& table, const uint16_t* image, const uint8_t* panel);
-  // Rows of COLUMNS results of a pixel, of which `channels` are there, a multiple of 4, to pixels that are `step` apart and
-  // channels that are `plane` apart.
+  // Rows of COLUMNS results of a pixel, of which `channels` are there, a multiple of 4, to pixels that are `step` apart
+  // and channels that are `plane` apart.
   void (*turn)(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane);
 };
 extern const Lookup signs_avx2, pairs_avx2;

@@ -38,7 +38,7 @@ constexpr Values both_signs = sign_values(), from_zero = pair_values(0), from_mi
 
 }  // namespace
 
-constexpr Table signs{both_signs.of[0], 0, 255 / 4, 65535 / 4};
+constexpr Table signs{both_signs.of[0], 0, 256 / 4, 65535 / 2 / 4};
 constexpr Table unsigned_pairs{from_zero.of[0], 0, 255 / 12, PAIRS_MOST};
 constexpr Table signed_pairs{from_minus_two.of[0], -8, 255 / 12, PAIRS_MOST};
 

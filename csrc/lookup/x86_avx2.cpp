@@ -29,8 +29,18 @@ struct Wide {
   __m256i all[MR][NV], odd[MR][NV];
 };
 
-// The sums of a tile of products of 2 bits, less twice those of the upper bits. As many segments at a time as a byte allows.
-// Not inlined: GCC would keep other things in the registers of the inner loop.
+// Sums of MR pixels times NV vectors in 8 bits.
+template <int MR, int NV>
+struct Bytes {
+  __m256i of[MR][NV];
+};
+
+inline __m256i look_up(const Table& table, uint16_t entry) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table.values + entry)));
+}
+
+// The sums of a tile of products of 2 bits, less twice those of the upper bits. As many segments at a time as a byte
+// allows. Not inlined: GCC would keep other things in the registers of the inner loop.
 template <int MR, int NV>
 __attribute__((noinline)) void sum_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel,
                                          Wide<MR, NV>& wide) {
@@ -52,8 +62,7 @@ __attribute__((noinline)) void sum_pairs(const Tile& t, const Table& table, cons
       for (; entries < stop; ++entries, weights += 2 * NV)
 #pragma GCC unroll 3
         for (int m = 0; m < MR; ++m) {
-          const __m128i* const chosen = reinterpret_cast<const __m128i*>(table.values + entries[m * step]);
-          const __m256i x = _mm256_broadcastsi128_si256(_mm_load_si128(chosen));
+          const __m256i x = look_up(table, entries[m * step]);
 #pragma GCC unroll 2
           for (int bit = 0; bit < 2; ++bit)
 #pragma GCC unroll 2
@@ -78,38 +87,98 @@ __attribute__((noinline)) void sum_pairs(const Tile& t, const Table& table, cons
   } while (s < end);
 }
 
-// Sums of couples of pixels. Those of the second ones are held with what is below them in a word, as `both >> 4` has it:
-// second of the even byte + 16 * first of the odd byte + 256 * second of the odd byte.
+// The sums of COUNT entries of a couple of pixels, three at most: up to 12 in each half of a byte.
+template <int COUNT, int NV>
+inline __attribute__((always_inline)) void sum_three(const Table& table, const uint16_t* entries,
+                                                     const uint8_t* weights, __m256i (&both)[NV]) {
+#pragma GCC unroll 3
+  for (int k = 0; k < COUNT; ++k) {
+    const __m256i x = look_up(table, entries[k]);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights) + k * NV + j);
+      const __m256i sum = _mm256_shuffle_epi8(x, w);
+      both[j] = k ? add_in_place(both[j], sum) : sum;
+    }
+  }
+}
+
+// Sums of couples of pixels: first + 16 * second, of which a byte keeps the remainder of 256, and second.
 template <int COUPLES, int NV>
 struct CoupleSums {
-  __m256i first[COUPLES][NV], second[COUPLES][NV];
+  __m256i mixed[COUPLES][NV], second[COUPLES][NV];
 };
 
-// COUNT entries of each couple, three at most, whose sums are up to 12: two of them fit a byte.
-template <int COUNT, int COUPLES, int NV>
-inline __attribute__((always_inline)) void add_group(const uint16_t* entries, int64_t step, const uint8_t* weights,
-                                                     const uint8_t* table, CoupleSums<COUPLES, NV>& sums) {
-  __m256i both[COUPLES][NV];
-#pragma GCC unroll 3
-  for (int k = 0; k < COUNT; ++k)
+// Adds ONE and TWO entries, three at most each. The upper halves of bytes are 16 times numbers up to 12; the mean of
+// two is 8 times their sum, which a byte holds.
+template <int ONE, int TWO, int COUPLES, int NV>
+inline __attribute__((always_inline)) void add_entries(const Table& table, const uint16_t* entries, int64_t step,
+                                                       const uint8_t* weights, CoupleSums<COUPLES, NV>& sums) {
+  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xf0));
 #pragma GCC unroll 2
-    for (int p = 0; p < COUPLES; ++p) {
-      const __m128i* const chosen = reinterpret_cast<const __m128i*>(table + entries[2 * p * step + k]);
-      const __m256i x = _mm256_broadcastsi128_si256(_mm_load_si128(chosen));
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) {
-        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights) + k * NV + j);
-        const __m256i sum = _mm256_shuffle_epi8(x, w);
-        both[p][j] = k ? add_in_place(both[p][j], sum) : sum;
-      }
-    }
-#pragma GCC unroll 2
-  for (int p = 0; p < COUPLES; ++p)
-#pragma GCC unroll 2
+  for (int p = 0; p < COUPLES; ++p) {
+    __m256i one[NV], two[NV];
+    sum_three<ONE>(table, entries + 2 * p * step, weights, one);
+    sum_three<TWO>(table, entries + 2 * p * step + ONE, weights + ONE * 32 * NV, two);
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-      sums.first[p][j] = add_in_place(sums.first[p][j], _mm256_and_si256(both[p][j], _mm256_set1_epi8(15)));
-      sums.second[p][j] = _mm256_add_epi16(sums.second[p][j], _mm256_srli_epi16(both[p][j], 4));
-      asm("" : "+x"(sums.second[p][j]));
+      sums.mixed[p][j] = add_in_place(sums.mixed[p][j], one[j]);
+      if (TWO) sums.mixed[p][j] = add_in_place(sums.mixed[p][j], two[j]);
+      __m256i second = _mm256_and_si256(one[j], upper);
+      if (TWO) second = _mm256_avg_epu8(second, _mm256_and_si256(two[j], upper));
+      sums.second[p][j] = add_in_place(sums.second[p][j], _mm256_srli_epi16(second, TWO ? 3 : 4));
+    }
+  }
+}
+
+// The same of twelve entries of one couple, for which there are registers: 4 times the sum of four is the mean of two
+// means.
+template <int NV>
+inline __attribute__((always_inline)) void add_twelve(const Table& table, const uint16_t* entries,
+                                                      const uint8_t* weights, CoupleSums<1, NV>& sums) {
+  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xf0));
+  __m256i both[NV], mean[NV], other[NV];
+  const auto take = [&](int64_t first, __m256i (&sum)[NV]) __attribute__((always_inline)) {
+    sum_three<3>(table, entries + first, weights + first * 32 * NV, sum);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sums.mixed[0][j] = add_in_place(sums.mixed[0][j], sum[j]);
+  };
+  take(0, both);
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) mean[j] = _mm256_and_si256(both[j], upper);
+  take(3, both);
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) mean[j] = _mm256_avg_epu8(mean[j], _mm256_and_si256(both[j], upper));
+  take(6, other);
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) other[j] = _mm256_and_si256(other[j], upper);
+  take(9, both);
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    other[j] = _mm256_avg_epu8(other[j], _mm256_and_si256(both[j], upper));
+    mean[j] = _mm256_avg_epu8(mean[j], other[j]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j)
+    sums.second[0][j] = add_in_place(sums.second[0][j], _mm256_srli_epi16(mean[j], 2));
+}
+
+// Adds the sums that are 256, which a byte has as 0: what differs everywhere does so in the last entry, of segment `s`,
+// too.
+template <int COUPLES, int NV>
+__attribute__((noinline, cold)) void add_largest(const Tile& t, const Table& table, const Segment& s,
+                                                 const uint16_t* image, const uint8_t* panel,
+                                                 const Bytes<2 * COUPLES, NV>& bytes, Wide<2 * COUPLES, NV>& wide) {
+  const uint16_t* const entries = image + s.image + s.words - 1;
+  const __m256i* const weights = reinterpret_cast<const __m256i*>(panel) + (s.weights + s.words - 1) * NV;
+  for (int m = 0; m < 2 * COUPLES; ++m)
+    for (int j = 0; j < NV; ++j) {
+      const __m256i both = _mm256_shuffle_epi8(look_up(table, entries[m / 2 * 2 * t.image_step]), weights[j]);
+      const __m256i four = _mm256_and_si256(m % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(4));
+      const __m256i zero = _mm256_cmpeq_epi8(bytes.of[m][j], _mm256_setzero_si256());
+      const __m256i largest = _mm256_srli_epi16(_mm256_and_si256(four, zero), 2);  // 1 in each byte that is
+      wide.all[m][j] = _mm256_add_epi16(wide.all[m][j], _mm256_slli_epi16(largest, 8));
+      wide.odd[m][j] = _mm256_add_epi16(wide.odd[m][j], _mm256_and_si256(largest, _mm256_set1_epi16(256)));
     }
 }
 
@@ -125,55 +194,76 @@ __attribute__((noinline)) void sum_signs(const Tile& t, const Table& table, cons
     CoupleSums<COUPLES, NV> sums;
 #pragma GCC unroll 2
     for (int p = 0; p < COUPLES; ++p)
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) sums.first[p][j] = sums.second[p][j] = _mm256_setzero_si256();
-    for (int64_t left = table.longest; s < end && s->words <= left; left -= s->words, ++s) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sums.mixed[p][j] = sums.second[p][j] = _mm256_setzero_si256();
+    int64_t left = table.longest;
+    for (; s < end && s->words <= left; left -= s->words, ++s) {
       const uint16_t *entries = image + s->image, *const stop = entries + s->words;
       const uint8_t* weights = panel + s->weights * LINE;
-      for (; stop - entries >= 3; entries += 3, weights += 3 * LINE)
-        add_group<3>(entries, step, weights, table.values, sums);
-      for (; entries < stop; ++entries, weights += LINE) add_group<1>(entries, step, weights, table.values, sums);
+      if constexpr (COUPLES == 1)
+        for (; stop - entries >= 12; entries += 12, weights += 12 * LINE) add_twelve(table, entries, weights, sums);
+      for (; stop - entries >= 6; entries += 6, weights += 6 * LINE)
+        add_entries<3, 3>(table, entries, step, weights, sums);
+      for (; stop - entries >= 4; entries += 4, weights += 4 * LINE)
+        add_entries<3, 1>(table, entries, step, weights, sums);
+      for (; entries < stop; ++entries, weights += LINE) add_entries<1, 0>(table, entries, step, weights, sums);
     }
-    __m256i bytes[2 * COUPLES][NV];
+    Bytes<2 * COUPLES, NV> bytes;
+    __m256i least = _mm256_set1_epi8(-1);
 #pragma GCC unroll 2
     for (int p = 0; p < COUPLES; ++p)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
-        const __m256i below = _mm256_slli_epi16(_mm256_srli_epi16(sums.first[p][j], 8), 4);
-        bytes[2 * p][j] = sums.first[p][j];
-        bytes[2 * p + 1][j] = _mm256_sub_epi16(sums.second[p][j], below);
+        const __m256i second = sums.second[p][j], upper = _mm256_set1_epi8(static_cast<char>(0xf0));
+        const __m256i sixteen = _mm256_and_si256(_mm256_slli_epi16(second, 4), upper);
+        const __m256i first = _mm256_sub_epi8(sums.mixed[p][j], sixteen);
+        least = _mm256_min_epu8(least, _mm256_min_epu8(first, second));
+        bytes.of[2 * p][j] = first;
+        bytes.of[2 * p + 1][j] = second;
       }
 #pragma GCC unroll 4
     for (int m = 0; m < 2 * COUPLES; ++m)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
-        const __m256i odd = _mm256_srli_epi16(bytes[m][j], 8);
-        wide.all[m][j] = begin ? bytes[m][j] : _mm256_add_epi16(wide.all[m][j], bytes[m][j]);
+        const __m256i all = bytes.of[m][j], odd = _mm256_srli_epi16(all, 8);
+        wide.all[m][j] = begin ? all : _mm256_add_epi16(wide.all[m][j], all);
         wide.odd[m][j] = begin ? odd : _mm256_add_epi16(wide.odd[m][j], odd);
       }
+    if (left == 0 && _mm256_movemask_epi8(_mm256_cmpeq_epi8(least, _mm256_setzero_si256()))) {
+      const Bytes<2 * COUPLES, NV> copy = bytes;  // or all of them would be in memory, always
+      add_largest<COUPLES, NV>(t, table, s[-1], image, panel, copy, wide);
+    }
     begin = false;
   } while (s < end);
 }
 
-// Calls write(pixel, channel, start + sums of eight channels). start: so that all are 0 to 65535.
+// Calls write(pixel, channel, start + sums of eight channels, each with `upper` above it). start: so that all are 0 to
+// 65535.
 template <int start, int MR, int NV, class Write>
 inline __attribute__((always_inline)) void for_each_eight(const Wide<MR, NV>& wide, int64_t count, int64_t blocks,
-                                                         const Write& write) {
-  const __m256i zero = _mm256_setzero_si256(), first = _mm256_set1_epi16(static_cast<int16_t>(start));
-  for (int m = 0; m < count; ++m)
-#pragma GCC unroll 2
+                                                         int times, __m256i upper, const Write& write) {
+  const __m256i first = _mm256_set1_epi16(static_cast<int16_t>(start));
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) {
+    if (m == count) break;
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       __m256i odd = wide.odd[m][j], even = _mm256_sub_epi16(wide.all[m][j], _mm256_slli_epi16(odd, 8));
       if (start) {
         odd = _mm256_add_epi16(odd, first);
         even = _mm256_add_epi16(even, first);
       }
-      write(m, 32 * j, _mm256_unpacklo_epi16(even, zero));
-      write(m, 32 * j + 8, _mm256_unpackhi_epi16(even, zero));
-      if (2 * j + 1 == blocks) continue;
-      write(m, 32 * j + 16, _mm256_unpacklo_epi16(odd, zero));
-      write(m, 32 * j + 24, _mm256_unpackhi_epi16(odd, zero));
+      if (times == 2) {
+        odd = _mm256_add_epi16(odd, odd);
+        even = _mm256_add_epi16(even, even);
+      }
+      write(m, 32 * j, _mm256_unpacklo_epi16(even, upper));
+      write(m, 32 * j + 8, _mm256_unpackhi_epi16(even, upper));
+      if (j + 1 == NV && blocks < 2 * NV) continue;
+      write(m, 32 * j + 16, _mm256_unpacklo_epi16(odd, upper));
+      write(m, 32 * j + 24, _mm256_unpackhi_epi16(odd, upper));
     }
+  }
 }
 
 template <int MR, int NV>
@@ -188,29 +278,33 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
   const float *const factor = t.factor, *const added = t.added;
   const int64_t out_step = t.out_step, count = t.count, blocks = t.blocks;
   sums_of(t, table, image, panel, wide);
-  constexpr int start = are_signs ? 0 : PAIRS_START;
-  const int32_t begin = t.products - start;
+  // What of a total does not change: the total is this less twice the sum of signs, or and the sum of pairs.
+  constexpr int start = are_signs ? 0 : PAIRS_START, times = are_signs ? 2 : 1;
+  const int32_t constant = t.products - start;
   if (int32_t* const totals = t.totals) {
-    const __m256i constant = _mm256_set1_epi32(begin), times = _mm256_set1_epi32(are_signs ? -2 : 1);
-    for_each_eight<start>(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
+    const __m256i from = _mm256_set1_epi32(constant);
+    for_each_eight<start>(wide, count, blocks, times, _mm256_setzero_si256(), [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + m * COLUMNS + o),
-                          _mm256_add_epi32(constant, _mm256_mullo_epi32(sum, times)));
+                          are_signs ? _mm256_sub_epi32(from, sum) : _mm256_add_epi32(from, sum));
     });
     return;
   }
-  // Every number up to 2**24 is exact here: only the last two operations round, and without `added` only the first one.
-  const __m256 constant = _mm256_set1_ps(static_cast<float>(begin)), times = _mm256_set1_ps(are_signs ? -2 : 1);
+  // With this above it a word is a float, 2**23 + the word. Every number up to 2**24 is exact here: only the last two
+  // operations round, and without `added` only the first one.
+  const __m256i exponent = _mm256_set1_epi16(0x4b00);
+  const __m256 from = _mm256_set1_ps(static_cast<float>(are_signs ? (1 << 23) + constant : (1 << 23) - constant));
   const auto scaled = [&](int64_t o, __m256i sum) {
-    const __m256 total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), times, constant);
+    const __m256 number = _mm256_castsi256_ps(sum);
+    const __m256 total = are_signs ? _mm256_sub_ps(from, number) : _mm256_sub_ps(number, from);
     return _mm256_mul_ps(total, _mm256_loadu_ps(factor + o));
   };
   if (added)
-    for_each_eight<start>(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight<start>(wide, count, blocks, times, exponent, [&](int m, int64_t o, __m256i sum) {
       const __m256 value = _mm256_add_ps(scaled(o, sum), _mm256_loadu_ps(added + o));
       _mm256_storeu_ps(out + m * out_step + o, value);
     });
   else
-    for_each_eight<start>(wide, count, blocks, [&](int m, int64_t o, __m256i sum) {
+    for_each_eight<start>(wide, count, blocks, times, exponent, [&](int m, int64_t o, __m256i sum) {
       _mm256_storeu_ps(out + m * out_step + o, scaled(o, sum));
     });
 }
@@ -218,9 +312,14 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
 using TileFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel);
 
 void multiply_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
-  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {{tile<true, 2, 1, sum_signs<1, 1>>, tile<true, 2, 2, sum_signs<1, 2>>},
-                                                      {tile<true, 4, 1, sum_signs<2, 1>>, tile<true, 4, 2, sum_signs<2, 2>>}};
-  TILES[(t.count - 1) / 2][t.blocks > 2](t, table, image, panel);
+  constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {
+      {tile<true, 2, 1, sum_signs<1, 1>>, tile<true, 2, 2, sum_signs<1, 2>>},
+      {tile<true, 4, 1, sum_signs<2, 1>>, tile<true, 4, 2, sum_signs<2, 2>>}};
+  if (t.blocks <= binary::MOST_BLOCKS) return TILES[(t.count - 1) / 2][t.blocks > 2](t, table, image, panel);
+  // Of four vectors there are registers for one couple.
+  Tile couple = t;
+  for (; couple.count > 0; couple.count -= 2, couple.out += 2 * t.out_step, image += 2 * t.image_step)
+    tile<true, 2, 4, sum_signs<1, 4>>(couple, table, image, panel);
 }
 
 // Halves, for which there are registers.
@@ -308,7 +407,8 @@ inline void transpose_bytes(const uint32_t* first, const uint32_t* second, __m25
   upper = _mm256_unpackhi_epi32(lanes01, lanes23);
 }
 
-void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits, uint8_t* out) {
+void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,
+                uint8_t* out) {
   const int64_t words = (bits + binary::WORD - 1) / binary::WORD, vectors = (blocks + 1) / 2;
   const __m256i four = _mm256_set1_epi8(15);
   for (int64_t t = 0; t < taps; ++t)
@@ -334,8 +434,10 @@ void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, in
 
 }  // namespace
 
-const Lookup signs_avx2{SIGN_PIXELS, 2, true, make_sign_entries, make_panel, multiply_signs, turn};
-const Lookup pairs_avx2{PAIR_PIXELS, 1, false, make_pair_entries, make_panel, multiply_pairs, turn};
+const Lookup signs_avx2{
+    SIGN_PIXELS, 2 * binary::MOST_BLOCKS, 2, true, make_sign_entries, make_panel, multiply_signs, turn};
+const Lookup pairs_avx2{
+    PAIR_PIXELS, binary::MOST_BLOCKS, 1, false, make_pair_entries, make_panel, multiply_pairs, turn};
 
 }  // namespace lookup
 }  // namespace bitorch_engine

@@ -136,7 +136,7 @@ def test_packed_codes_are_multiplied_as_they_are(isa: str, case: Case) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("channels", [1, 8, 247, 248, 249, 256, 1000, 65528, 65529])
+@pytest.mark.parametrize("channels", [1, 8, 247, 248, 249, 256, 1000, 32760, 32761, 65528, 65529])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_largest_totals_fit(isa: str, channels: int, rows: int) -> None:
     # Counts are held in 8 bits, then in 16, then in 32.
@@ -146,6 +146,23 @@ def test_the_largest_totals_fit(isa: str, channels: int, rows: int) -> None:
         for sign in (1.0, -1.0):
             y = o.convolve(torch.full(o.case.shape, sign))
             assert torch.equal(y, (-sign * channels * (o.channel_scale * o.scale)).view(1, -1, 1).expand_as(y))
+
+
+@each_isa
+@pytest.mark.parametrize("channels", [252, 255, 256, 257, 512])
+@pytest.mark.parametrize("outputs", [20, 64, 128])
+def test_the_largest_totals_are_found_beside_others(isa: str, channels: int, outputs: int) -> None:
+    # 256 signs are counted in 8 bits.
+    o, x = layer(Case((7, channels, 1), (outputs, channels, 1))), torch.randn(7, channels, 1)
+    index = (o.weight > 0).to(torch.uint8)
+    for row in range(7):
+        index[2 * row], index[2 * row + 1] = x[row] >= 0, x[row] < 0
+    o = o._replace(weight=index.double() * 2 - 1, packed=pack(index, 1))
+    with cpu.cap_isa(isa):
+        y = o.convolve(x, o.bias)
+    assert torch.equal(y, o.expected(x, o.bias))
+    totals = o.case.products(torch.where(x < 0, -1.0, 1.0).double(), o.weight)
+    assert totals.max() == channels and totals.min() == -channels
 
 
 @each_isa
