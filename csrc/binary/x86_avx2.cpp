@@ -87,26 +87,48 @@ __m256 load(const void* x, int64_t i) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// Eight bits of the signs of eight values; `odd` becomes NaN where one is not finite.
-uint32_t signs_of(__m256 x, __m256 inverse, __m256& odd) {
-  odd = _mm256_add_ps(odd, _mm256_mul_ps(x, _mm256_setzero_ps()));
-  const __m256 positive = _mm256_cmp_ps(_mm256_mul_ps(x, inverse), _mm256_setzero_ps(), _CMP_NLT_UQ);
-  return static_cast<uint32_t>(_mm256_movemask_ps(positive));
+// x * inverse is negative where x <= this, the smallest of negative numbers whose product is not rounded to 0, which
+// counts as +1: a comparison takes the place of a product and one.
+float least_negative(float inverse) {
+  const auto negative = [](uint32_t size) {
+    const uint32_t bits = size | 0x80000000;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  uint32_t size = 1, beyond = 0x7f800000;  // infinity
+  if (negative(size) * inverse < 0) return negative(size);
+  while (beyond - size > 1) {
+    const uint32_t middle = size + (beyond - size) / 2;
+    (negative(middle) * inverse < 0 ? beyond : size) = middle;
+  }
+  return negative(beyond);
+}
+
+// The signs of 32 values; `odd` becomes NaN where one is not finite.
+template <Dtype dtype>
+uint32_t signs_of(const void* x, int64_t i, __m256 negative, __m256 (&odd)[4]) {
+  __m256i positive[4];  // -1, or 0
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m256 value = load<dtype>(x, i + 8 * j);
+    odd[j] = _mm256_fmadd_ps(value, _mm256_setzero_ps(), odd[j]);
+    positive[j] = _mm256_castps_si256(_mm256_cmp_ps(negative, value, _CMP_NGE_UQ));
+  }
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(positive[0], positive[1]),
+                                           _mm256_packs_epi32(positive[2], positive[3]));
+  const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(in_order));
 }
 
 template <Dtype dtype>
 bool sign_runs(const Floats& f, uint32_t* out, int64_t out_stride) {
-  const __m256 inverse = _mm256_set1_ps(f.inverse_scale);
+  const __m256 negative = _mm256_set1_ps(least_negative(f.inverse_scale));
   const int64_t whole = f.channels & ~(WORD - 1);
   __m256 odd[4] = {};
   for (int64_t p = 0; p < f.pixels; ++p)
-    for (int64_t c = 0; c < whole; c += WORD) {
-      uint32_t word = 0;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-        word |= signs_of(load<dtype>(f.x, p * f.pixel_stride + c + 8 * j), inverse, odd[j]) << (8 * j);
-      out[p * out_stride + c / WORD] = word;
-    }
+    for (int64_t c = 0; c < whole; c += WORD)
+      out[p * out_stride + c / WORD] = signs_of<dtype>(f.x, p * f.pixel_stride + c, negative, odd);
   const __m256 all = _mm256_add_ps(_mm256_add_ps(odd[0], odd[1]), _mm256_add_ps(odd[2], odd[3]));
   bool seen = _mm256_movemask_ps(_mm256_cmp_ps(all, all, _CMP_UNORD_Q)) != 0;
   if (whole < f.channels) {
@@ -121,15 +143,15 @@ bool sign_runs(const Floats& f, uint32_t* out, int64_t out_stride) {
 // The signs of COUNT channels, `channel` the first of them, of `pixels` pixels that lie together: each lane of `words`
 // is a pixel, whose bits move up for them. Few channels at a time are few streams, which the processor fetches ahead.
 template <Dtype dtype, int COUNT>
-void add_signs(const Floats& f, int64_t channel, int64_t pixel, int64_t pixels, uint32_t* words, __m256& odd) {
-  const __m256 inverse = _mm256_set1_ps(f.inverse_scale), zero = _mm256_setzero_ps();
+void add_signs(const Floats& f, int64_t channel, int64_t pixel, int64_t pixels, __m256 negative, uint32_t* words,
+               __m256& odd) {
   for (int64_t p = 0; p < pixels; p += 8) {
     __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(words + p));
 #pragma GCC unroll 4
     for (int i = COUNT - 1; i >= 0; --i) {
       const __m256 x = load<dtype>(f.x, (channel + i) * f.channel_stride + pixel + p);
-      odd = _mm256_fmadd_ps(x, zero, odd);
-      const __m256 positive = _mm256_cmp_ps(_mm256_mul_ps(x, inverse), zero, _CMP_NLT_UQ);  // -1, or 0
+      odd = _mm256_fmadd_ps(x, _mm256_setzero_ps(), odd);
+      const __m256 positive = _mm256_cmp_ps(negative, x, _CMP_NGE_UQ);  // -1, or 0
       bits = _mm256_sub_epi32(_mm256_add_epi32(bits, bits), _mm256_castps_si256(positive));
     }
     _mm256_store_si256(reinterpret_cast<__m256i*>(words + p), bits);
@@ -142,14 +164,15 @@ bool sign_planes(const Floats& f, uint32_t* out, int64_t out_stride) {
   constexpr int64_t AT_ONCE = 1024;
   alignas(32) uint32_t words[AT_ONCE];
   const int64_t whole = f.pixels & ~int64_t{7};
+  const __m256 negative = _mm256_set1_ps(least_negative(f.inverse_scale));
   __m256 odd = _mm256_setzero_ps();
   for (int64_t p = 0; p < whole; p += AT_ONCE)
     for (int64_t c = 0; c < f.channels; c += WORD) {
       const int64_t some = whole - p < AT_ONCE ? whole - p : AT_ONCE;
       int64_t deep = f.channels - c < WORD ? f.channels - c : WORD;
       std::memset(words, 0, some * sizeof *words);
-      for (; deep % 4; --deep) add_signs<dtype, 1>(f, c + deep - 1, p, some, words, odd);
-      for (; deep; deep -= 4) add_signs<dtype, 4>(f, c + deep - 4, p, some, words, odd);
+      for (; deep % 4; --deep) add_signs<dtype, 1>(f, c + deep - 1, p, some, negative, words, odd);
+      for (; deep; deep -= 4) add_signs<dtype, 4>(f, c + deep - 4, p, some, negative, words, odd);
       for (int64_t i = 0; i < some; ++i) out[(p + i) * out_stride + c / WORD] = words[i];
     }
   bool seen = _mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0;
@@ -178,7 +201,8 @@ void multiply_avx2(const Tile& t) {
 }
 
 bool sign_avx2(const Floats& f, uint32_t* out, int64_t out_stride) {
-  if (f.channel_stride != 1 && f.pixel_stride != 1) return sign_scalar(f, out, out_stride);
+  const bool runs_or_planes = f.channel_stride == 1 || f.pixel_stride == 1;
+  if (!runs_or_planes || !(f.inverse_scale > 0)) return sign_scalar(f, out, out_stride);
 #define BE_CALL(dtype) \
   (f.channel_stride == 1 ? sign_runs<dtype>(f, out, out_stride) : sign_planes<dtype>(f, out, out_stride))
   switch (f.dtype) {

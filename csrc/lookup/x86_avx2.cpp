@@ -379,11 +379,26 @@ void make_sign_entries(const uint32_t* words, const uint32_t* seconds, int64_t r
   join_runs(runs, bits);
   const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
   const uint8_t *x = reinterpret_cast<const uint8_t*>(words), *y = reinterpret_cast<const uint8_t*>(seconds);
-  for (int64_t run = 0; run < runs; ++run, x += bytes, y += bytes, out += 2 * count)
-    for (int64_t i = 0; i < count; ++i) {
+  const __m128i lower = _mm_set1_epi8(15), upper = _mm_set1_epi8(static_cast<char>(0xf0));
+  for (int64_t run = 0; run < runs; ++run, x += bytes, y += bytes, out += 2 * count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+      const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(y + i));
+      const __m128i even = _mm_or_si128(_mm_and_si128(one, lower), _mm_and_si128(_mm_slli_epi16(two, 4), upper));
+      const __m128i odd = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(one, 4), lower), _mm_and_si128(two, upper));
+      const auto store = [&](int64_t at, __m128i tables) {
+        const __m256i offsets = _mm256_slli_epi16(_mm256_cvtepu8_epi16(tables), 4);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), offsets);
+      };
+      store(2 * i, _mm_unpacklo_epi8(even, odd));
+      store(2 * i + 16, _mm_unpackhi_epi8(even, odd));
+    }
+    for (; i < count; ++i) {
       out[2 * i] = table_of((x[i] & 15) | (y[i] & 15) << 4);
       out[2 * i + 1] = table_of(x[i] >> 4 | (y[i] & 240));
     }
+  }
 }
 
 void make_pair_entries(const uint32_t* words, const uint32_t*, int64_t runs, int64_t bits, uint16_t* out) {
