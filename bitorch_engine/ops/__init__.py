@@ -3,6 +3,7 @@
 from bitorch_engine.ops import cpu, triton
 from bitorch_engine.ops.library import Plan, is_plain, plan, unobserved
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
+from bitorch_engine.ops.reference.float_conv import FEW_CHANNELS
 from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
 from bitorch_engine.ops.reference.levels import dither_levels, load_levels, store_levels_
 from bitorch_engine.ops.reference.moments import moment_fits, new_moment
@@ -19,6 +20,7 @@ from bitorch_engine.ops.schemas import (
     conv_grad_weight,
     conv_grad_weight_dense,
     conv_grad_weight_float,
+    conv_weight_only,
     dequantize,
     linear_grad_input,
     linear_weight_only,
@@ -36,12 +38,14 @@ __all__ = [
     "quantize_activation",
     "conv_grad_weight",
     "conv_grad_weight_float",
+    "conv_weight_only",
     "dequantize",
     "conv_grad_input",
     "conv_codes",
     "conv",
     "activation_values",
     "activation_grads",
+    "FEW_CHANNELS",
     "SLICE",
     "Convolution",
     "Plan",

@@ -1,7 +1,7 @@
 """Every op: its schema, its reference, its shape function. ``ops/cpu`` and ``ops/triton`` register over them."""
 
 from bitorch_engine.ops.library import define
-from bitorch_engine.ops.reference import activation, bits, gradient, linear, quantized_conv, update
+from bitorch_engine.ops.reference import activation, bits, float_conv, gradient, linear, quantized_conv, update
 
 _GEOMETRY = (
     "SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
@@ -83,6 +83,11 @@ add_ = define(
 all_within = define("all_within(Tensor values, float limit) -> Tensor", update.all_within, update.all_within_fake)
 mean_squares = define(
     "mean_squares(Tensor grad, float factor) -> Tensor", update.mean_squares, update.mean_squares_fake
+)
+conv_weight_only = define(
+    f"conv_weight_only(Tensor x, Tensor packed, Tensor channel_scale, int bits, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    float_conv.conv_weight_only,
+    float_conv.conv_weight_only_fake,
 )
 linear_weight_only = define(
     "linear_weight_only(Tensor x, Tensor packed, Tensor channel_scale, int bits, Tensor? bias, SymInt columns, "

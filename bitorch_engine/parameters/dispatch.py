@@ -33,6 +33,11 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
         return _mutate(packed_type, func, args, kwargs)
     if func is aten.convolution_backward.default and isinstance(args[2], packed_type) and args[0].is_cpu:
         return _convolution_backward(func, *args)
+    if func is aten.convolution.default and _is_of_few(packed_type, *args):
+        x, weight, bias, *geometry = args
+        return ops.conv_weight_only(
+            x, weight.packed, weight.channel_scale, weight.w_bit, bias, weight.shape, *geometry, ()
+        )
     recorded = torch.is_grad_enabled() and any(isinstance(a, packed_type) and a.requires_grad for a in args)
     channels_last = func in _CONVOLUTIONS and ops.is_channels_last(args[0])
     args, kwargs = _dequantize((args, kwargs), packed_type, channels_last)
@@ -202,6 +207,20 @@ def _convolution_backward(
         dense = weight.dequantize(channels_last=ops.is_channels_last(grad))
         grad_x, _, grad_bias = func(grad, x, dense, bias_sizes, *geometry, [need_x, False, need_bias])
     return grad_x, grad_weight, grad_bias
+
+
+def _is_of_few(packed_type: type["PackedParameter"], x: Any, weight: Any, bias: Any, *geometry: Any) -> bool:
+    """Whether a kernel may convolve these, whose pixels have few channels. What a compiler traces stays torch's
+    convolution, into which it can look."""
+    *_, transposed, _, groups = geometry
+    return (
+        isinstance(weight, packed_type)
+        and not transposed
+        and groups == 1
+        and weight.shape[1] <= ops.FEW_CHANNELS
+        and x.dtype is weight.dtype
+        and all(ops.is_plain(t) and t.dtype is x.dtype for t in (x, bias) if t is not None)
+    )
 
 
 _CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}

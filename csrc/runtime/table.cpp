@@ -3,6 +3,7 @@
 #include "binary/binary.h"
 #include "bits/bits.h"
 #include "depthwise/depthwise.h"
+#include "float_conv/float_conv.h"
 #include "grad_weight/grad_weight.h"
 #include "gradient/gradient.h"
 #include "linear/linear.h"
@@ -39,6 +40,7 @@ const Row kernels[] = {
     pair_pixels_kernel.row(),
     quantize_pairs_kernel.row(),
     depthwise_gradient_kernel.row(),
+    multiply_line_kernel.row(),
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),

@@ -12,6 +12,7 @@ int main() {
   check_bits(agreement);
   check_conv(agreement);
   check_depthwise(agreement);
+  check_float_conv(agreement);
   check_grad_weight(agreement);
   check_gradient(agreement);
   check_linear(agreement);

@@ -118,6 +118,7 @@ void check_binary(Agreement&);
 void check_bits(Agreement&);
 void check_conv(Agreement&);
 void check_depthwise(Agreement&);
+void check_float_conv(Agreement&);
 void check_grad_weight(Agreement&);
 void check_gradient(Agreement&);
 void check_linear(Agreement&);

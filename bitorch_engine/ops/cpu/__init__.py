@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bitorch_engine.ops import triton
-from bitorch_engine.ops.cpu import bits, conv, grad_weight, linear, quantize, update
+from bitorch_engine.ops.cpu import bits, conv, float_conv, grad_weight, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
 from bitorch_engine.ops.library import Plan, implement, implement_plan, wanted_backend
 
@@ -32,12 +32,17 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "conv": conv.conv,
     "conv_codes": conv.conv_codes,
     "conv_grad_input": conv.conv_grad_input,
+    "conv_weight_only": float_conv.conv_weight_only,
     "linear_weight_only": linear.linear_weight_only,
     "linear_grad_input": linear.linear_grad_input,
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 
-PLANNERS: dict[str, Callable[..., Plan | None]] = {"conv": conv.plan, "linear_weight_only": linear.plan}
+PLANNERS: dict[str, Callable[..., Plan | None]] = {
+    "conv": conv.plan,
+    "conv_weight_only": float_conv.plan,
+    "linear_weight_only": linear.plan,
+}
 """What makes plans of the ops that layers call in inference."""
 
 

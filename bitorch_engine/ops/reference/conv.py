@@ -29,12 +29,12 @@ class Convolution(NamedTuple):
     groups: int
     pad: Sequence[int] = ()
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(N, C_out, *out)"""
         if not self.stride:
-            return x @ weight.T
+            return F.linear(x, weight, bias)
         x = F.pad(x, self.pad) if self.pad else x
-        return torch.ops.aten.convolution.default(x, weight, None, *self._arguments())
+        return torch.ops.aten.convolution.default(x, weight, bias, *self._arguments())
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of an input of that shape. grad: (N, C_out, *out)."""

@@ -73,6 +73,9 @@ CALLS: dict[str, Callable[[], object]] = {
         torch.randn(SHAPE), ONE, LOW, 4, short(72, 4), torch.ones(8), 4, None, (8, 1, 3, 3), *GEOMETRY[:5], 8, ()
     ),
     "dequantize to channels last": lambda: ops.dequantize(short(72, 4), torch.ones(8), 4, 9, torch.float32, 9),
+    "conv_weight_only": lambda: ops.conv_weight_only(
+        torch.randn(SHAPE), short(1152, 4), torch.ones(16), 4, None, WEIGHT, *GEOMETRY
+    ),
     "conv_grad_input": lambda: ops.conv_grad_input(
         torch.zeros(2, 5, 5, 16, dtype=torch.int8),
         torch.ones(2, 1, 1, 1),

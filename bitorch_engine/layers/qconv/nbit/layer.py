@@ -32,9 +32,7 @@ class nBitConv(LowBitLayer, nn.modules.conv._ConvNd):
             )
         if shape[-spatial - 1] != self.in_channels:
             raise ValueError(f"the input must have in_channels (={self.in_channels}) channels, got {tuple(x.shape)}.")
-        geometry = ops.Convolution(
-            self.stride, padding, self.dilation, self.transposed, output_padding or (0,) * spatial, self.groups, pad
-        )
+        geometry = self._geometry(padding, pad, output_padding)
         if len(shape) == spatial + 2:
             return self.multiply(x, geometry)
         return self.multiply(x.unsqueeze(0), geometry).squeeze(0)
@@ -48,13 +46,21 @@ class nBitConv(LowBitLayer, nn.modules.conv._ConvNd):
             weight = weight.dequantize(channels_last=ops.is_channels_last(x))
         return weight, None if bias is None else bias.to(x.dtype)
 
+    def _geometry(
+        self, padding: tuple[int, ...], pad: tuple[int, ...] = (), output_padding: tuple[int, ...] = ()
+    ) -> ops.Convolution:
+        zeros = (0,) * len(self.kernel_size)
+        return ops.Convolution(
+            self.stride, padding, self.dilation, self.transposed, output_padding or zeros, self.groups, pad
+        )
+
 
 class _Forward(nBitConv):
     """Forward of the three convolutions that are not transposed."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.a_bit is None and self.g_bit is None:
-            return self._conv_forward(input, *self._operands(input))
+            return self._convolve_floats(input)
         if input.dim() == len(self.kernel_size) + 1:
             return _Forward.forward(self, input.unsqueeze(0)).squeeze(0)
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
@@ -65,10 +71,33 @@ class _Forward(nBitConv):
             return planned
         if self.padding_mode != "zeros":
             return self._convolve(input, (0,) * len(self.kernel_size))
+        return self._convolve(input, *self._padding_and_pad())
+
+    def _convolve_floats(self, input: Tensor) -> Tensor:
+        """By torch's own operator, or where pixels have few channels by a kernel that is faster."""
+        few = self.groups == 1 and self.in_channels <= ops.FEW_CHANNELS and self.padding_mode == "zeros"
+        result = self._convolve_few(input) if few and not torch.is_grad_enabled() else None
+        return self._conv_forward(input, *self._operands(input)) if result is None else result
+
+    def _convolve_few(self, input: Tensor) -> Tensor | None:
+        """The result where there is such a kernel; else None."""
+        result = self.planned(input)
+        weight = self._parameters.get("weight")
+        if result is None and isinstance(weight, PackedParameter) and not torch.is_autocast_enabled("cpu"):
+            bias = self._parameters.get("bias")
+            arguments = (weight.packed, weight.channel_scale)
+            geometry = self._geometry(*self._padding_and_pad())
+            plan = ops.plan("conv_weight_only", input, *arguments, self.w_bit, bias, weight.shape, *geometry)
+            self._remember(plan, input, weight.packed)
+            if plan is not None:
+                result = plan(input, None, None, *arguments, bias)
+        return result
+
+    def _padding_and_pad(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Zeros on both sides, and those of ``F.pad`` where the sides differ."""
+        padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         left = padding[-2::-2]
-        if left == padding[::-2]:
-            return self._convolve(input, tuple(left))
-        return self._convolve(input, (0,) * len(left), pad=tuple(padding))
+        return (tuple(left), ()) if left == padding[::-2] else ((0,) * len(left), tuple(padding))
 
 
 class _ForwardTransposed(nBitConv):

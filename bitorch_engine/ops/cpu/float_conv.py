@@ -1,0 +1,152 @@
+"""Convolutions with packed weights and float activations: of few input channels here, of others by torch."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitorch_engine.ops.cpu.bits import dense
+from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
+from bitorch_engine.ops.cpu.loading import current_isa, threads
+from bitorch_engine.ops.cpu.plans import can_plan, is_short, make_plan, planned, with_short_bias
+from bitorch_engine.ops.cpu.quantize import dequantize
+from bitorch_engine.ops.library import Plan
+from bitorch_engine.ops.reference import float_conv as reference
+from bitorch_engine.ops.reference.conv import Convolution
+from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last, new_output
+
+_planned = planned("be_float_conv_planned")
+
+_MOST_CHANNELS = {"avx2": reference.FEW_CHANNELS, "avx512": 4, "amx": 4}
+"""Input channels up to which the kernel is taken, since it is faster than torch's convolution. With AVX-512 nothing was
+measured."""
+
+_DEEPEST = 300
+"""Products of a result up to which it is faster in NCHW, where torch does better than channels last."""
+
+
+class _Planned(ctypes.Structure):
+    """PlannedFloatConv of csrc/float_conv/float_conv.cpp."""
+
+    _fields_ = (
+        ("geometry", Geometry),
+        *((name, ctypes.c_void_p) for name in ("packed", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("bits", "channels_last", "threads")),
+    )
+
+
+class _Problem(NamedTuple):
+    """What the kernel knows of one set of shapes. shape, strides: of the result."""
+
+    geometry: Geometry
+    channels_last: bool
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def structure(self, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None) -> ctypes.Structure:
+        """What the kernel reads besides x."""
+        return _Planned(
+            self.geometry,
+            packed.data_ptr(),
+            channel_scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            bits,
+            self.channels_last,
+            threads(),
+        )
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    shape: tuple[int, ...], strides: tuple[int, ...], weight_shape: tuple[int, ...], fields: tuple[Any, ...]
+) -> _Problem | None:
+    """None for what the kernel does not have. The result's memory order is that of torch's convolution."""
+    c = Convolution(*fields)
+    if c.transposed or c.groups > 1 or not 2 < len(shape) == len(weight_shape) <= 5 or shape[1] != weight_shape[1]:
+        return None
+    out = tuple(c.output_shape(shape, weight_shape))
+    if min(*shape, *weight_shape, *out) < 1 or math.prod(shape[2:]) == 1:
+        return None
+    orders = {_strides(shape, channels_last): channels_last for channels_last in (False, True)}
+    if strides not in orders:
+        return None
+    place = geometry(shape, weight_shape, c.stride, c.padding, c.dilation, 1, c.pad, out=out)
+    return _Problem(place, orders[strides], out, _strides(out, orders[strides]))
+
+
+def _strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    return new_output(torch.empty(0, device="meta"), shape, torch.float32, channels_last).stride()
+
+
+def _suited(x: Tensor, bias: Tensor | None, weight_shape: Sequence[int], fields: tuple[Any, ...]) -> _Problem | None:
+    """The problem, where the kernel is faster than torch."""
+    if (
+        x.dtype is not torch.float32
+        or (bias is not None and bias.dtype is not torch.float32)
+        or x.dim() != len(weight_shape)
+        or weight_shape[1] > _MOST_CHANNELS.get(current_isa(), 0)
+    ):
+        return None
+    found = _problem(x.shape, x.stride(), tuple(weight_shape), hashable(fields))
+    return found if found is None or found.channels_last or math.prod(weight_shape[1:]) <= _DEEPEST else None
+
+
+def conv_weight_only(
+    x: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Tensor:
+    packed = dense(packed, math.prod(weight_shape), bits)
+    found = _suited(x, bias, weight_shape, fields)
+    if found is None:
+        return _by_torch(x, packed, channel_scale, bits, bias, weight_shape, *fields)
+    scale = channel_scale.to(torch.float32).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty_strided(found.shape, found.strides, dtype=torch.float32)
+    _planned(ctypes.byref(found.structure(packed, scale, bits, bias)), x.data_ptr(), y.data_ptr())
+    return y
+
+
+def plan(
+    x: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Plan | None:
+    """A plan of ``conv_weight_only``, where it is the kernel's."""
+    if is_short(bias):
+        head = (x, packed, channel_scale, bits)
+        return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
+    found = _suited(x, bias, weight_shape, fields)
+    if found is None or not can_plan(packed, channel_scale, bias):
+        return None
+    packed = dense(packed, math.prod(weight_shape), bits)
+    structure = found.structure(packed, channel_scale, bits, bias)
+    return make_plan(_planned, structure, found.shape, found.strides, x.dtype, None, None, packed, channel_scale, bias)
+
+
+def _by_torch(
+    x: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    *fields: Any,
+) -> Tensor:
+    c = Convolution(*fields)
+    if c.transposed:
+        return reference.conv_weight_only(x, packed, channel_scale, bits, bias, weight_shape, *fields)
+    weight = dequantize(packed, channel_scale, bits, math.prod(weight_shape[1:]), x.dtype).view(*weight_shape)
+    return c.forward(x, in_memory_format(weight, is_channels_last(x)), None if bias is None else bias.to(x.dtype))
