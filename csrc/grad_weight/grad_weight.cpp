@@ -23,6 +23,7 @@
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
 #include "runtime/transpose.h"
+#include "winograd/gradient.h"
 
 namespace bitorch_engine {
 
@@ -72,6 +73,18 @@ void finish_row(const Value* from, int64_t taps, int64_t channels, const float* 
       out[b * taps + t] = static_cast<float>(from[t * channels + b]) * scale[b * scale_step];
 }
 
+// The gradient, from totals (row, tap, column).
+template <class Value>
+void finish(const Product& p, const Value* totals, bool rows_are_gradient, const float* scale, float* out, int threads) {
+  const int64_t row_totals = p.taps * p.image_channels;
+  parallel_for(p.groups * p.result_channels, 1 + (1 << 14) / row_totals, threads, [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      const float* factor = scale + (rows_are_gradient ? row : row / p.result_channels * p.image_channels);
+      finish_row(totals + row * row_totals, p.taps, p.image_channels, factor, !rows_are_gradient, out + row * row_totals);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace bitorch_engine
 
@@ -87,6 +100,11 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
   const int64_t no_steps[3] = {};
   const Image image(p, rows_are_gradient ? SourceKind::CODES : SourceKind::GRADIENT, columns, FLOAT32, 0, 0, no_steps,
                     bits, 1.0f, low, threads);
+  if (rows_are_gradient && winograd::suits_gradient(p, image.largest())) {
+    const Buffer<int32_t> totals = new_buffer<int32_t>(p.groups * p.result_channels * p.taps * p.image_channels);
+    winograd::sum_gradient(p, image.bytes(), image.zero(), reinterpret_cast<const int8_t*>(rows), totals.get(), threads);
+    return finish(p, totals.get(), true, scale, out, threads);
+  }
   const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low);
   const int64_t activation_most = bits == 1 ? 2 : (1 << bits) - 1;
   const int64_t row_zero = rows_are_gradient ? 128 : activation_zero, column_zero = image.zero();
@@ -163,12 +181,6 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
       }
     });
   }
-  parallel_for(all_rows, 1 + (1 << 14) / row_totals, threads, [&](int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row) {
-      const float* factor = scale + (rows_are_gradient ? row : row / row_channels * column_channels);
-      float* place = out + row * row_totals;
-      if (once) finish_row(small.get() + row * row_totals, taps, column_channels, factor, !rows_are_gradient, place);
-      else finish_row(large.get() + row * row_totals, taps, column_channels, factor, !rows_are_gradient, place);
-    }
-  });
+  if (once) finish(p, small.get(), rows_are_gradient, scale, out, threads);
+  else finish(p, large.get(), rows_are_gradient, scale, out, threads);
 }

@@ -11,6 +11,7 @@
 #include "quantize/quantize.h"
 #include "square/square.h"
 #include "update/update.h"
+#include "winograd/gradient.h"
 #include "winograd/winograd.h"
 
 namespace bitorch_engine {
@@ -29,6 +30,10 @@ const Row kernels[] = {
     winograd::pixels_kernel.row(),
     winograd::multiply_kernel.row(),
     winograd::totals_kernel.row(),
+    winograd::pixel_pair_kernel.row(),
+    winograd::gradient_pair_kernel.row(),
+    winograd::multiply_pairs_kernel.row(),
+    winograd::taps_kernel.row(),
     interleave_kernel.row(),
     widen_kernel.row(),
     largest_by_column_kernel.row(),

@@ -6,6 +6,7 @@
 #include "qconv/call.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "winograd/grid.h"
 
 namespace bitorch_engine {
 namespace winograd {
@@ -23,16 +24,6 @@ static_assert(9 * 255 * 128 * CHANNELS < 1 << 25, "so many channels are added up
 constexpr int64_t GRAIN = 6;                // tiles that are multiplied together
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-// The tiles of a phase, line by line, sample by sample.
-struct Grid {
-  int64_t lines, columns, tiles;
-
-  Grid(const Product& p, const Phase& phase)
-      : lines((phase.count[1] + SIDE - 1) / SIDE),
-        columns((phase.count[2] + SIDE - 1) / SIDE),
-        tiles(p.batch * lines * columns) {}
-};
 
 // Channels whose products add up to results of 26 bits, a multiple of CHANNELS.
 int64_t channels_of_a_span(int64_t largest, int64_t largest_weight) {
@@ -53,7 +44,8 @@ bool faster(const Product& p, const Phase& phase, int64_t pairs) {
 
 // Tiles of one line that follow each other.
 struct Segment {
-  int64_t sample, line, column, count;
+  Tile first;
+  int64_t count;
 };
 
 // One thread's share: tiles first_tile .. last_tile - 1 and blocks first_block .. last_block - 1 of one group.
@@ -87,10 +79,10 @@ class Part {
       const int64_t count = std::min(tiles_, last_tile - first);
       Segment* end = segments.get();
       for (int64_t tile = first; tile < first + count; tile += end++->count) {
-        const int64_t line = tile / grid_.columns, column = tile % grid_.columns;
-        *end = {line / grid_.lines, line % grid_.lines, column, std::min(grid_.columns - column, first + count - tile)};
+        const Tile at = grid_.at(tile);
+        *end = {at, std::min(grid_.columns - at.column, first + count - tile)};
       }
-      read(segments.get(), end);
+      read(first, count);
       for (int64_t b = first_block; b < last_block; b += STEP) {
         const int64_t blocks = std::min(STEP, last_block - b);
         for (int64_t i = 0; i < blocks; ++i) multiply(b + i, count, segments.get(), end, totals_.get() + i * BLOCK);
@@ -111,31 +103,20 @@ class Part {
   Buffer<int8_t> codes_;
   Buffer<int32_t> sums_, totals_;
 
-  // A tile at the end of a line or of a column reads pixels that no result of it needs: any will do, for what comes of
-  // them cancels. Inside the image they are those at its edge.
-  void read(const Segment* segment, const Segment* end) {
+  // Transforms what tiles first .. first + count - 1 read.
+  void read(int64_t first, int64_t count) {
     const auto transform = pixels_kernel.pick();
-    const int64_t* shift = phase_.taps[0].shift;
-    int64_t tile = 0;
-    for (; segment < end; ++segment)
-      for (int64_t t = 0; t < segment->count; ++t, ++tile) {
-        const uint8_t* lines[READ];
-        int64_t columns[READ];
-        const int64_t y = segment->line * SIDE + shift[1] + p_.before[1];
-        const int64_t x = (segment->column + t) * SIDE + shift[2] + p_.before[2];
-        const int64_t plane = segment->sample * p_.padded[0] + shift[0] + p_.before[0];
-        for (int64_t i = 0; i < READ; ++i) {
-          const int64_t line = plane * p_.padded[1] + std::min(y + i, p_.padded[1] - 1);
-          lines[i] = call_.image + line * p_.padded[2] * p_.pixel_bytes() + group_ * p_.image_depth;
-          columns[i] = std::min(x + i, p_.padded[2] - 1) * p_.pixel_bytes();
-        }
-        int16_t* to = pixels_.get();
-        for (int64_t c = 0; c < depth_; c += CHANNELS, to += PLACES * pitch_) {
-          const int64_t depth = std::min(CHANNELS, depth_ - c);
-          transform(lines, columns, depth, to + tile * depth, pitch_);
-          for (const uint8_t*& line : lines) line += CHANNELS;
-        }
+    const uint8_t* lines[READ];
+    int64_t columns[READ];
+    for (int64_t tile = 0; tile < count; ++tile) {
+      grid_.locate(p_, phase_, call_.image + group_ * p_.image_depth, first + tile, lines, columns);
+      int16_t* to = pixels_.get();
+      for (int64_t c = 0; c < depth_; c += CHANNELS, to += PLACES * pitch_) {
+        const int64_t depth = std::min(CHANNELS, depth_ - c);
+        transform(lines, columns, depth, to + tile * depth, pitch_);
+        for (const uint8_t*& line : lines) line += CHANNELS;
       }
+    }
   }
 
   // The totals of one block, in its columns of `totals`.
@@ -173,12 +154,12 @@ class Part {
     const int32_t* totals = totals_.get();
     uint8_t* const out = call_.out + group_ * p_.result_channels * call_.out_channel * call_.element_bytes;
     for (; segment < end; ++segment) {
-      const float* factor = call_.sample_factor ? call_.sample_factor + segment->sample : nullptr;
-      const int64_t y = segment->line * SIDE, x = segment->column * SIDE;
+      const float* factor = call_.sample_factor ? call_.sample_factor + segment->first.sample : nullptr;
+      const int64_t y = segment->first.line * SIDE, x = segment->first.column * SIDE;
       const int64_t count = std::min(segment->count * SIDE, phase_.count[2] - x);
       for (int64_t line = 0; line < SIDE; ++line, totals += segment->count * SIDE * COLUMNS) {
         if (y + line >= phase_.count[1]) continue;
-        const int64_t place = segment->sample * call_.out_sample + (y + line) * call_.out_step[1] + x * call_.out_step[2];
+        const int64_t place = segment->first.sample * call_.out_sample + (y + line) * call_.out_step[1] + x * call_.out_step[2];
         const Stretch row{count, out + place * call_.element_bytes, call_.out_step[2] * call_.element_bytes, factor};
         finish(totals, row, first, channels, epilogue_, call_.out_channel);
       }
@@ -188,14 +169,18 @@ class Part {
 
 }  // namespace
 
-bool suits(const Product& p, const Phase& phase, int64_t largest, int64_t largest_weight) {
+bool is_plain(const Product& p, const Phase& phase) {
   if (current_isa() != AVX2 || p.phases.size() != 1 || p.result[0] != 1) return false;
   for (int d = 0; d < 3; ++d) {
     const int64_t taps = d == 0 ? 1 : 3;
     if (phase.tap_count[d] != taps || p.base_step[d] != 1 || p.result_step[d] != 1) return false;
     if (phase.taps.back().shift[d] - phase.taps[0].shift[d] != taps - 1) return false;  // dilated
   }
-  return faster(p, phase, 32767 / (2 * largest * largest_weight));
+  return true;
+}
+
+bool suits(const Product& p, const Phase& phase, int64_t largest, int64_t largest_weight) {
+  return is_plain(p, phase) && faster(p, phase, 32767 / (2 * largest * largest_weight));
 }
 
 void multiply_all(const Call& call, const Phase& phase, int threads) {
