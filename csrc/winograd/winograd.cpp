@@ -171,12 +171,10 @@ class Part {
 
 bool is_plain(const Product& p, const Phase& phase) {
   if (current_isa() != AVX2 || p.phases.size() != 1 || p.result[0] != 1) return false;
-  for (int d = 0; d < 3; ++d) {
-    const int64_t taps = d == 0 ? 1 : 3;
-    if (phase.tap_count[d] != taps || p.base_step[d] != 1 || p.result_step[d] != 1) return false;
-    if (phase.taps.back().shift[d] - phase.taps[0].shift[d] != taps - 1) return false;  // dilated
-  }
-  return true;
+  for (int d = 0; d < 3; ++d)
+    if (phase.tap_count[d] != (d == 0 ? 1 : 3) || p.base_step[d] != 1 || p.result_step[d] != 1) return false;
+  const int64_t *first = phase.taps[0].shift, *last = phase.taps.back().shift;
+  return last[1] - first[1] == 2 && last[2] - first[2] == 2;  // not dilated
 }
 
 bool suits(const Product& p, const Phase& phase, int64_t largest, int64_t largest_weight) {

@@ -104,6 +104,10 @@ CASES = {
     "transposed-of-a-small-map": Case((1, 128, 5, 5), (128, 64, 4, 4), stride=(2,), padding=(1,), transposed=True),
     "padding-that-differs": Case((1, 6, 6, 7), (9, 6, 4, 2), stride=(2, 1), pad=(1, 0, 2, 1)),
     "padding-wider-than-the-image": Case((1, 4, 1, 2), (3, 4, 3, 3), padding=(4,)),
+    "transposed-of-one-line-that-no-tap-reaches": Case(
+        (1, 20, 1, 12), (20, 16, 1, 3), stride=(4, 1), padding=(1, 2), transposed=True, output_padding=(3, 0)
+    ),
+    "a-line-that-no-tap-reaches": Case((2, 20, 1, 12), (16, 20, 1, 3), stride=(4, 1), padding=(1, 2), pad=(0, 0, 2, 2)),
     "pixels-never-read": Case((1, 8, 9, 9), (8, 8, 1, 2), stride=(4, 3)),
     "1d": Case((3, 10, 50), (18, 10, 5), stride=(2,), padding=(3,)),
     "linear": Case((37, 200, 1), (70, 200, 1)),
