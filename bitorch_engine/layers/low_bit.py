@@ -16,6 +16,8 @@ from bitorch_engine.parameters import PackedParameter
 from bitorch_engine.quantizers.activation import ActivationQuantizer
 from bitorch_engine.quantizers.weight import normal_scale
 
+_NO_PLANS: Mapping[tuple[Any, ...], ops.Plan] = MappingProxyType({})
+
 
 class LowBitLayer(nn.Module):
     """Stands before a torch.nn class, whose arguments, geometry and checks it keeps; ``weight`` becomes packed.
@@ -29,7 +31,7 @@ class LowBitLayer(nn.Module):
     parameter_class: ClassVar[type[PackedParameter]] = PackedParameter
     weight: Tensor
     activation: ActivationQuantizer | None
-    _plans: Mapping[tuple[Any, ...], ops.Plan] = MappingProxyType({})
+    _plans: Mapping[tuple[Any, ...], ops.Plan] = _NO_PLANS
     _planned_weight: tuple[Tensor, int] | None = None
 
     def __init__(
@@ -112,26 +114,19 @@ class LowBitLayer(nn.Module):
     def planned(self, x: Tensor, output_padding: tuple[int, ...] = ()) -> Tensor | None:
         """The result where no gradient is recorded and the layer was called before with such an ``x``; else None. At
         small sizes looking things up takes longer than the kernel."""
-        if not ops.unobserved() or not ops.is_plain(x) or torch.is_autocast_enabled("cpu"):
+        if not ops.takes_short_way(x):
             return None
-        plans = self._plans
-        plan = plans.get((x.shape, x.stride(), x.dtype, output_padding))
+        state = self.__dict__  # an attribute of a module takes three times as long, one that is missing a microsecond
+        plan = state.get("_plans", _NO_PLANS).get((x.shape, x.stride(), x.dtype, output_padding))
         if plan is None:
             return None
-        # Module.__getattr__ takes as long as a small kernel.
-        activation: Any = self._modules.get("activation")
-        if activation is None:
-            scale = low = None
-        elif activation.is_ready:
-            scale, low = activation.constants()
-        else:
-            return None
-        parameters = self._parameters
-        weight: Any = parameters.get("weight")
+        parameters, activation = state["_parameters"], state["_modules"].get("activation")
+        weight = parameters.get("weight")
         packed = getattr(weight, "packed", None)
         y = None
         if packed is not None:
-            y = plan(x, scale, low, packed, weight.channel_scale, parameters.get("bias"))
+            sources = None if activation is None else activation.sources()
+            y = plan(x, sources, packed, weight.channel_scale, parameters.get("bias"))
         if y is None:  # something was written or replaced
             _forget_plans(self)
         return y
@@ -177,8 +172,9 @@ class LowBitLayer(nn.Module):
         self, x: Tensor, weight: PackedParameter, activation: ActivationQuantizer, geometry: ops.Convolution
     ) -> Tensor:
         """``multiply`` where no gradient is recorded."""
+        sources = None
         if x.is_cpu and ops.unobserved():
-            scale, low = activation.constants()
+            (scale, low), sources = activation.constants(), activation.sources()
         else:
             scale, low = activation.scale, activation.low.to(torch.float32)
         arguments = (
@@ -193,7 +189,8 @@ class LowBitLayer(nn.Module):
             weight.shape,
             *geometry,
         )
-        self._remember(ops.plan("conv", *arguments), x, weight.packed, geometry.output_padding)
+        if sources is not None:
+            self._remember(ops.plan("conv", sources, *arguments), x, weight.packed, geometry.output_padding)
         return ops.conv(*arguments)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Registration with torch.library: one schema, one reference and one shape function per op; backends go over it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,17 +41,20 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] 
     return _caller(name, getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
-Plan = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None], Tensor | None]
-"""A call that is prepared for one shape, memory order and dtype of ``x``: (x, scale, low, packed, channel_scale, bias)
-to the result, or None where one of them has changed since. To be called where ``unobserved()``, with an ``x`` that
-``is_plain``."""
+Plan = Callable[[Tensor, Sequence[Tensor] | None, Tensor, Tensor, Tensor | None], Tensor | None]
+"""A call that is prepared for one shape, memory order and dtype of ``x``: (x, sources, packed, channel_scale, bias) to
+the result, or None where one of these has changed since. To be called where ``takes_short_way(x)``."""
 
 
-def plan(name: str, x: Tensor, *args: Any) -> Plan | None:
-    """A plan for calls of an op with such an ``x`` and these arguments; None where no backend makes one."""
-    if not unobserved() or name not in _planners or not is_plain(x):
+def plan(name: str, sources: Sequence[Tensor] | None, x: Tensor, *args: Any) -> Plan | None:
+    """A plan for calls of an op with such an ``x`` and these arguments; None where no backend makes one.
+
+    sources: numbers of which scale and low of the activations were made; one object, as long as these are the same
+    tensors, and where they were.
+    """
+    if not takes_short_way(x) or name not in _planners:
         return None
-    return _planners[name](x, *args)
+    return _planners[name](sources, x, *args)
 
 
 def implement_plan(name: str, planner: Callable[..., Plan | None]) -> None:
@@ -101,15 +104,25 @@ def _caller(name: str, op: Any) -> Callable[..., Any]:
 
 _is_compiling, _records = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_profiles, _tracing_state = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
+_profiles, _traces = torch._C._autograd._profiler_enabled, torch._C._is_tracing
 _transform_level = torch._C._functorch.maybe_current_level
+_autocasts, _STRIDED = torch._C._is_any_autocast_enabled, torch.strided
 
 
 def unobserved() -> bool:
     """Whether no gradient is recorded, and no compiler, tracer, transform, mode or profiler has to hear of an op."""
     if _is_compiling() or _records() or _dispatch_modes() or _function_modes() or _profiles():
         return False
-    return _transform_level() is None and _tracing_state() is None
+    return not _traces() and _transform_level() is None
+
+
+def takes_short_way(x: Tensor) -> bool:
+    """Whether ``unobserved()``, by autocast too, and ``is_plain(x)``: one call, for layers that ask each time."""
+    if _is_compiling() or _records() or _autocasts() or _dispatch_modes() or _function_modes() or _profiles():
+        return False
+    if _traces() or _transform_level() is not None:
+        return False
+    return type(x) in _PLAIN and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
 
 
 BACKENDS = ("reference", "cpu", "triton")

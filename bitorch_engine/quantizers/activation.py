@@ -34,6 +34,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("low", torch.zeros((), device=device))
         self._ready = False
         self._constants: tuple[tuple[float, ...], Tensor, Tensor] | None = None
+        self._sources: tuple[Tensor, ...] = ()
+        self._places: tuple[int, ...] = ()
 
     @property
     def scale(self) -> Tensor:
@@ -44,6 +46,22 @@ class ActivationQuantizer(nn.Module):
     def is_ready(self) -> bool:
         """Whether a batch has set scale and range, or a checkpoint."""
         return self._ready
+
+    def sources(self) -> tuple[Tensor, ...] | None:
+        """What ``constants`` are made of: one object while these are the same tensors, and where they were; None until
+        they are set."""
+        state = self.__dict__  # an attribute of a module takes three times as long
+        if not state["_ready"]:
+            return None
+        buffers = state["_buffers"]
+        log_gain, initial_scale, low = state["_parameters"]["log_gain"], buffers["initial_scale"], buffers["low"]
+        places = (log_gain.data_ptr(), initial_scale.data_ptr(), low.data_ptr())
+        kept: tuple[Tensor, ...] = state.get("_sources", ())
+        if places == state.get("_places") and kept[0] is log_gain and kept[1] is initial_scale and kept[2] is low:
+            return kept
+        made = state["_sources"] = (log_gain, initial_scale, low)
+        state["_places"] = places
+        return made
 
     def constants(self) -> tuple[Tensor, Tensor]:
         """(scale, low), both float32, as numbers that no gradient reaches: made once, as long as what they are made of
@@ -91,7 +109,7 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_constants": None}
+        return self.__dict__ | {"_constants": None, "_sources": (), "_places": ()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

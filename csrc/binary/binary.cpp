@@ -427,7 +427,8 @@ BE_EXPORT void be_binary_conv(const BinaryArguments* a, const void* x, const flo
 }
 
 BE_EXPORT int be_binary_planned(const Planned* p, const void* x, void* out) {
+  if (p->watch.changed()) return CHANGED;
   be_binary_conv(static_cast<const BinaryArguments*>(p->arguments), x, p->scale, p->low,
                  static_cast<const uint32_t*>(p->weights), p->factor, p->bias, nullptr, out);
-  return 0;
+  return DONE;
 }

@@ -245,6 +245,7 @@ BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* 
 }
 
 BE_EXPORT int be_depthwise_planned(const Planned* p, const void* x, void* out) {
+  if (p->watch.changed()) return CHANGED;
   return be_depthwise(static_cast<const QconvArguments*>(p->arguments), x, p->scale, p->low,
                       static_cast<const uint8_t*>(p->weights), p->sums, p->factor, nullptr, p->bias, nullptr, out);
 }

@@ -5,6 +5,7 @@
 #include "quantize/quantize.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/watch.h"
 
 namespace bitorch_engine {
 
@@ -176,24 +177,26 @@ BE_EXPORT int be_linear_planned(const PlannedLinear* p, const void* x, void* out
   be_linear(static_cast<const float*>(x), p->rows, p->packed, p->scale, p->bias, p->channels, p->columns,
             0, static_cast<int>(p->bits), static_cast<int>(p->digits), static_cast<float*>(out),
             static_cast<int>(p->threads));
-  return 0;
+  return DONE;
 }
 
 // A linear layer of one row of float32 that is quantized; ops/cpu/linear.py has the same fields.
 struct PlannedCodes {
+  Watch watch;
   const float *scale, *low;  // of the activation quantizer
   const uint8_t* packed;
   const float *factor, *bias;  // one a channel; bias: or null
   int64_t channels, columns, bits, x_bits, threads;
 };
 
-// The results of be_qconv, and nothing where x is not finite, which returns 1.
+// The results of be_qconv, and nothing where it returns that they are not numbers.
 BE_EXPORT int be_linear_codes(const PlannedCodes* p, const void* x, void* out) {
+  if (p->watch.changed()) return CHANGED;
   const int bits = static_cast<int>(p->bits), x_bits = static_cast<int>(p->x_bits);
   const Buffer<uint8_t> codes = new_buffer<uint8_t>(p->columns + 64);
   const ActivationRule rule{1.0f / *p->scale, *p->low, x_bits, x_bits == 1 ? 2 : 1};
   const auto quantize = quantize_activation_kernel.pick();
-  if (quantize(x, FLOAT32, p->columns, 1, 1, p->columns, rule, codes.get(), p->columns, nullptr)) return 1;
+  if (quantize(x, FLOAT32, p->columns, 1, 1, p->columns, rule, codes.get(), p->columns, nullptr)) return NOT_A_NUMBER;
   const Buffer<float> factor = new_buffer<float>(p->channels);
   for (int64_t c = 0; c < p->channels; ++c) factor[c] = p->factor[c] * *p->scale;
   const Weights weights{p->packed, factor.get(), p->bias, p->channels, p->columns, 0, bits};
@@ -203,5 +206,5 @@ BE_EXPORT int be_linear_codes(const PlannedCodes* p, const void* x, void* out) {
   const std::vector<float*> to{static_cast<float*>(out)};
   parallel_for(p->channels, 1 + WEIGHTS / (p->columns + 1), static_cast<int>(p->threads),
                [&](int64_t first, int64_t last) { multiply_digits(weights, row, to, first, last); });
-  return 0;
+  return DONE;
 }

@@ -6,6 +6,7 @@
 #include "quantize/quantize.h"
 #include "runtime/geometry.h"
 #include "runtime/table.h"
+#include "runtime/watch.h"
 
 namespace bitorch_engine {
 
@@ -116,6 +117,7 @@ struct QconvArguments {
 // All that a call of be_qconv, be_depthwise or be_binary_conv reads but x, for layers that are called again and again;
 // ops/cpu/plans.py has the same fields.
 struct Planned {
+  Watch watch;
   const void* arguments;
   const float *scale, *low;
   const void* weights;

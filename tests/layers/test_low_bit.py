@@ -115,6 +115,9 @@ WEIGHT: dict[str, Callable[[Any], object]] = {
 ACTIVATION: dict[str, Callable[[Any], object]] = {
     "gain written": lambda layer: set_gain(layer, through_data=False),
     "gain written unseen": lambda layer: set_gain(layer, through_data=True),
+    "gain's data replaced": lambda layer: set_data(layer.activation.log_gain, torch.tensor(0.5)),
+    "range's data replaced": lambda layer: set_data(layer.activation.initial_scale, torch.tensor(0.3)),
+    "range replaced": lambda layer: layer.activation._buffers.update(initial_scale=torch.tensor(0.3)),
     "range written unseen": lambda layer: layer.activation.initial_scale.data.mul_(1.5),
     "lowest code written": lambda layer: layer.activation.low.zero_(),
     "quantizer replaced": other_activation,

@@ -289,6 +289,31 @@ def test_constants_are_not_pickled_and_reach_no_gradient() -> None:
     quantizer = ActivationQuantizer(4)
     quantizer.prepare_(torch.randn(100))
     scale, low = quantizer.constants()
+    assert quantizer.sources() is not None
     assert not scale.requires_grad
     assert low.data_ptr() != quantizer.low.data_ptr()
-    assert pickle.loads(pickle.dumps(quantizer))._constants is None
+    copied = pickle.loads(pickle.dumps(quantizer))
+    assert (copied._constants, copied._sources, copied._places) == (None, (), ())
+
+
+def test_sources_are_one_object_while_they_are_the_same_tensors_in_the_same_places() -> None:
+    quantizer = ActivationQuantizer(8)
+    assert quantizer.sources() is None
+    quantizer.prepare_(torch.randn(100))
+    first = quantizer.sources()
+    assert first is not None
+    assert [id(t) for t in first] == [id(t) for t in (quantizer.log_gain, quantizer.initial_scale, quantizer.low)]
+    quantizer.log_gain.data.fill_(0.5)
+    assert quantizer.sources() is first
+    seen = [first]
+    quantizer.log_gain.data = torch.tensor(0.25)
+    seen.append(quantizer.sources())
+    quantizer.log_gain = torch.nn.Parameter(torch.tensor(0.25))
+    seen.append(quantizer.sources())
+    quantizer.low = torch.tensor(-64.0)
+    seen.append(quantizer.sources())
+    quantizer.to(torch.bfloat16)
+    seen.append(quantizer.sources())
+    assert len({id(sources) for sources in seen}) == len(seen)
+    quantizer.load_state_dict(quantizer.state_dict())
+    assert quantizer.sources() is None

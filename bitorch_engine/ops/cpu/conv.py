@@ -230,6 +230,7 @@ def conv(
 
 
 def plan(
+    sources: Sequence[Tensor] | None,
     x: Tensor,
     scale: Tensor,
     low: Tensor,
@@ -244,14 +245,14 @@ def plan(
     """A plan of ``conv``."""
     if is_short(bias):
         head = (x, scale, low, a_bit, packed, channel_scale, w_bit)
-        return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
-    if not can_plan(packed, scale, low, channel_scale, bias):
+        return with_short_bias(lambda copy: plan(sources, *head, copy, weight_shape, *fields), bias)
+    if not can_plan(sources, packed, scale, low, channel_scale, bias):
         return None
-    layer = (scale, low, packed, channel_scale, bias)
+    layer = (sources, packed, channel_scale, bias)
     suits = binary.suits if a_bit == 1 else binary.suits_pairs
     if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
         found_binary = binary.planned_conv(x, a_bit, packed, weight_shape, *fields)
-        return None if found_binary is None else found_binary.plan(x.dtype, *layer)
+        return None if found_binary is None else found_binary.plan(x.dtype, scale, low, *layer)
     key = (_FLOATS, x.shape, tuple(weight_shape), hashable(fields), x.stride())
     found = _problem(*key, a_bit, w_bit, x.dtype, x.dtype, None, threads())
     if found is None:
@@ -259,10 +260,10 @@ def plan(
     problem, shape, strides = found
     if linear.quantizes_one_row(x, weight_shape, w_bit):
         kernel, structure = linear.quantized_row(scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape)
-        return make_plan(kernel, structure, shape, strides, x.dtype, *layer)
+        return make_plan(kernel, structure, shape, strides, x.dtype, *layer, scale, low)
     weights, sums = arranged(packed, problem.order, lambda: problem.arrange(packed), keep=True)
     kernel = _planned_depthwise if problem.narrow else _planned_qconv
-    return PlannedConv(kernel, problem, weights, sums, shape, strides).plan(x.dtype, *layer)
+    return PlannedConv(kernel, problem, weights, sums, shape, strides).plan(x.dtype, scale, low, *layer)
 
 
 def conv_codes(

@@ -116,6 +116,7 @@ def conv_weight_only(
 
 
 def plan(
+    sources: Sequence[Tensor] | None,
     x: Tensor,
     packed: Tensor,
     channel_scale: Tensor,
@@ -126,14 +127,14 @@ def plan(
 ) -> Plan | None:
     """A plan of ``conv_weight_only``, where it is the kernel's."""
     if is_short(bias):
-        head = (x, packed, channel_scale, bits)
+        head = (sources, x, packed, channel_scale, bits)
         return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
     found = _suited(x, bias, weight_shape, fields)
-    if found is None or not can_plan(packed, channel_scale, bias):
+    if found is None or not can_plan(sources, packed, channel_scale, bias):
         return None
     packed = dense(packed, math.prod(weight_shape), bits)
     structure = found.structure(packed, channel_scale, bits, bias)
-    return make_plan(_planned, structure, found.shape, found.strides, x.dtype, None, None, packed, channel_scale, bias)
+    return make_plan(_planned, structure, found.shape, found.strides, x.dtype, sources, packed, channel_scale, bias)
 
 
 def _by_torch(

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
-from bitorch_engine.ops.cpu.plans import can_plan, is_short, make_plan, planned, with_short_bias
+from bitorch_engine.ops.cpu.plans import Watch, can_plan, is_short, make_plan, planned, with_short_bias
 from bitorch_engine.ops.cpu.quantize import dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
@@ -51,6 +51,7 @@ class _PlannedCodes(ctypes.Structure):
     """PlannedCodes of csrc/linear/linear.cpp."""
 
     _fields_ = (
+        ("watch", Watch),
         *((name, ctypes.c_void_p) for name in ("scale", "low", "packed", "factor", "bias")),
         *((name, ctypes.c_int64) for name in ("channels", "columns", "bits", "x_bits", "threads")),
     )
@@ -88,6 +89,7 @@ def quantized_row(
     """A kernel, and what it reads besides x, for the integer product of a row. It reads the packed weight as it is."""
     packed = dense(packed, math.prod(weight_shape), w_bit)
     structure = _PlannedCodes(
+        Watch(),
         scale.data_ptr(),
         low.data_ptr(),
         packed.data_ptr(),
@@ -125,11 +127,19 @@ def linear_weight_only(
 
 
 def plan(
-    x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int, group_size: int = 0
+    sources: Sequence[Tensor] | None,
+    x: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    columns: int,
+    group_size: int = 0,
 ) -> Plan | None:
     """A plan of ``linear_weight_only``, for a few contiguous rows of float32 and one scale a row of the weight."""
     if is_short(bias):
-        return with_short_bias(lambda copy: plan(x, packed, channel_scale, bits, copy, columns, group_size), bias)
+        head = (sources, x, packed, channel_scale, bits)
+        return with_short_bias(lambda copy: plan(*head, copy, columns, group_size), bias)
     few = x.numel() // max(1, columns)
     if not (
         group_size == 0
@@ -137,7 +147,7 @@ def plan(
         and x.is_contiguous()
         and x.shape[-1] == columns
         and _suits(few, bits, columns)
-        and can_plan(packed, channel_scale, bias)
+        and can_plan(sources, packed, channel_scale, bias)
     ):
         return None
     channels, digits = channel_scale.numel(), _digits(x.dtype)
@@ -154,7 +164,7 @@ def plan(
         threads(),
     )
     out = torch.empty([*x.shape[:-1], channels], device="meta")
-    layer = (None, None, packed, channel_scale, bias)
+    layer = (sources, packed, channel_scale, bias)
     made = make_plan(_planned, structure, out.shape, out.stride(), x.dtype, *layer)
     if not _are_digits(bits, columns):
         return made

@@ -270,14 +270,15 @@ def convolve_pairs(case: Case, x: Tensor, weight: Tensor, low: float, bias: Tens
     """By the kernel and by torch: codes low .. low + 3 and -2 .. 1. Scales are powers of two: no result rounds."""
     scale, channel_scale = torch.tensor(0.5), torch.full((case.weight[0],), 0.25)
     packed = pack((weight + 2).to(torch.uint8), 2)
-    arguments = (scale, torch.tensor(low), 2, packed, channel_scale, 2, bias, *case.geometry)
+    sources = (scale, torch.tensor(low))
+    arguments = (*sources, 2, packed, channel_scale, 2, bias, *case.geometry)
     with cpu.cap_isa("avx2"):
         assert binary.suits_pairs(x.shape, 2, 2, *case.geometry)
         y = ops.conv(x, *arguments)
         with torch.no_grad():
-            plan = ops.plan("conv", x, *arguments)
+            plan = ops.plan("conv", sources, x, *arguments)
         assert plan is not None
-        again = plan(x, *arguments[:2], packed, channel_scale, bias)
+        again = plan(x, sources, packed, channel_scale, bias)
         assert again is not None
         torch.testing.assert_close(again, y, rtol=0, atol=0, equal_nan=True)
     codes = (x.double() * 2).round().clamp(low, low + 3)

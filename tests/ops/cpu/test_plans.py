@@ -15,12 +15,21 @@ GEOMETRY = ops.Convolution((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 X = torch.randn(2, 8, 5, 5)
 SCALE, LOW = torch.tensor(0.05), torch.tensor(-128.0)
 PACKED, CHANNEL_SCALE, BIAS = ops.pack(torch.randint(0, 16, (16 * 8 * 9,)), 4), torch.rand(16), torch.randn(16)
-LAYER: tuple[Tensor, ...] = (SCALE, LOW, PACKED, CHANNEL_SCALE, BIAS)
+SOURCES = (SCALE, LOW)
+LAYER: tuple[Any, ...] = (SOURCES, PACKED, CHANNEL_SCALE, BIAS)
 
 
-def conv_arguments(x: Tensor = X, layer: tuple[Tensor, ...] = LAYER) -> tuple[object, ...]:
-    scale, low, packed, channel_scale, bias = layer
+def conv_arguments(x: Tensor = X, layer: tuple[Any, ...] = LAYER) -> tuple[object, ...]:
+    (scale, low), packed, channel_scale, bias = layer
     return (x, scale, low, 8, packed, channel_scale, 4, bias, (16, 8, 3, 3), *GEOMETRY)
+
+
+def conv_plan(x: Tensor = X, layer: tuple[Any, ...] = LAYER) -> ops.Plan | None:
+    return ops.plan("conv", layer[0], *conv_arguments(x, layer))
+
+
+def copied(layer: tuple[Any, ...] = LAYER) -> tuple[Any, ...]:
+    return tuple(t.clone() if isinstance(t, Tensor) else tuple(s.clone() for s in t) for t in layer)
 
 
 @pytest.fixture(autouse=True)
@@ -30,25 +39,43 @@ def without_gradients() -> object:
 
 
 def test_a_plan_is_the_op() -> None:
-    plan = ops.plan("conv", *conv_arguments())
+    plan = conv_plan()
     assert plan is not None
     for x in (X, torch.randn_like(X)):
         assert torch.equal(plan(x, *LAYER), ops.conv(*conv_arguments(x)))
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(4))
 def test_another_tensor_is_another_plan(place: int) -> None:
-    plan = ops.plan("conv", *conv_arguments())
+    plan = conv_plan()
     assert plan is not None
-    layer = list(LAYER)
-    layer[place] = layer[place].clone()
+    layer = (*LAYER[:place], copied()[place], *LAYER[place + 1 :])
     assert plan(X, *layer) is None
     assert plan(X, *LAYER) is not None
 
 
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("unseen", [False, True])
+def test_another_value_of_a_source_is_another_plan(place: int, unseen: bool) -> None:
+    layer = copied()
+    plan = conv_plan(layer=layer)
+    assert plan is not None
+    source = layer[0][place]
+    (source.data if unseen else source).sub_(0.01)
+    assert plan(X, *layer) is None
+    (source.data if unseen else source).copy_(SOURCES[place])
+    y = plan(X, *layer)
+    assert y is not None
+    assert torch.equal(y, ops.conv(*conv_arguments()))
+
+
+def test_a_source_is_one_number() -> None:
+    assert ops.plan("conv", (SCALE, torch.zeros(2)), *conv_arguments()) is None
+
+
 @pytest.mark.skipif(len(cpu.available_isas()) < 2, reason="there is one instruction set")
 def test_another_instruction_set_is_another_plan() -> None:
-    plan = ops.plan("conv", *conv_arguments())
+    plan = conv_plan()
     assert plan is not None
     with cpu.cap_isa("scalar"):
         assert plan(X, *LAYER) is None
@@ -56,17 +83,17 @@ def test_another_instruction_set_is_another_plan() -> None:
 
 
 def test_a_weight_that_moved_is_another_one() -> None:
-    layer = tuple(tensor.clone() for tensor in LAYER)
-    plan = ops.plan("conv", *conv_arguments(layer=layer))
+    layer = copied()
+    plan = conv_plan(layer=layer)
     assert plan is not None
-    layer[2].share_memory_()  # no write, so no version; from now on others may write
+    layer[1].share_memory_()  # no write, so no version; from now on others may write
     assert plan(X, *layer) is None
-    assert ops.plan("conv", *conv_arguments(layer=layer)) is None
+    assert conv_plan(layer=layer) is None
 
 
 def test_it_keeps_what_its_kernel_reads() -> None:
-    layer = tuple(tensor.clone() for tensor in LAYER)
-    plan = ops.plan("conv", *conv_arguments(layer=layer))
+    layer = copied()
+    plan = conv_plan(layer=layer)
     assert plan is not None
     expected = ops.conv(*conv_arguments())
     for _ in range(100):
@@ -77,44 +104,44 @@ def test_it_keeps_what_its_kernel_reads() -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        (SCALE.double(), LOW, PACKED, CHANNEL_SCALE, BIAS),
-        (SCALE, LOW, PACKED, CHANNEL_SCALE.half(), BIAS),
-        (SCALE, LOW, PACKED, CHANNEL_SCALE, BIAS.double()),
-        (SCALE, LOW, PACKED, CHANNEL_SCALE, torch.ones(1).expand(16)),
-        (SCALE, LOW, PACKED, torch.rand(32)[::2], BIAS),
+        ((SCALE.double(), LOW), PACKED, CHANNEL_SCALE, BIAS),
+        (SOURCES, PACKED, CHANNEL_SCALE.half(), BIAS),
+        (SOURCES, PACKED, CHANNEL_SCALE, BIAS.double()),
+        (SOURCES, PACKED, CHANNEL_SCALE, torch.ones(1).expand(16)),
+        (SOURCES, PACKED, torch.rand(32)[::2], BIAS),
     ],
     ids=["scale", "weight's scale", "bias", "expanded bias", "strided scale"],
 )
 def test_what_a_kernel_cannot_read_has_no_plan(layer: tuple[Tensor, ...]) -> None:
-    assert ops.plan("conv", *conv_arguments(layer=layer)) is None
+    assert conv_plan(layer=layer) is None
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_bias_of_short_floats_is_read_by_every_call(dtype: torch.dtype, mode: Any) -> None:
     bias, exact = BIAS.to(dtype), BIAS.to(dtype).float()
-    layer = (*LAYER[:4], bias)
+    layer = (*LAYER[:3], bias)
     with mode():
-        plan = ops.plan("conv", *conv_arguments(layer=layer))
+        plan = conv_plan(layer=layer)
     assert plan is not None
     for called_in in (torch.inference_mode, torch.no_grad):
         for _ in range(2):
             with called_in():
-                assert torch.equal(plan(X, *layer), ops.conv(*conv_arguments(layer=(*LAYER[:4], exact))))
+                assert torch.equal(plan(X, *layer), ops.conv(*conv_arguments(layer=(*LAYER[:3], exact))))
             bias.mul_(2)
             exact.mul_(2)
-    assert plan(X, *layer[:4], bias.clone()) is None
+    assert plan(X, *layer[:3], bias.clone()) is None
     bias.data = bias[:8]
     assert plan(X, *layer) is None
 
 
 def test_nothing_is_planned_where_something_listens() -> None:
     with torch.enable_grad():
-        assert ops.plan("conv", *conv_arguments()) is None
+        assert conv_plan() is None
     with torch.profiler.profile():
-        assert ops.plan("conv", *conv_arguments()) is None
-    assert ops.plan("conv", *conv_arguments(X.double())) is None
-    assert ops.plan("pack", PACKED, 4) is None
+        assert conv_plan() is None
+    assert conv_plan(X.double()) is None
+    assert ops.plan("pack", None, PACKED, 4) is None
 
 
 def test_another_precision_of_float32_products_is_another_plan() -> None:
@@ -124,13 +151,13 @@ def test_another_precision_of_float32_products_is_another_plan() -> None:
     try:
         for setting in ("highest", "high", "medium"):
             torch.set_float32_matmul_precision(setting)
-            plan = ops.plan("linear_weight_only", *arguments)
+            plan = ops.plan("linear_weight_only", None, *arguments)
             assert plan is not None
-            found.append(plan(x, None, None, packed, scale, None))
+            found.append(plan(x, None, packed, scale, None))
             assert found[-1] is not None
             assert torch.equal(found[-1], ops.linear_weight_only(*arguments))
             torch.set_float32_matmul_precision("high" if setting == "highest" else "highest")
-            assert plan(x, None, None, packed, scale, None) is None
+            assert plan(x, None, packed, scale, None) is None
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not torch.equal(found[0], found[1])

@@ -59,18 +59,18 @@ class _Forward(nBitConv):
     """Forward of the three convolutions that are not transposed."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.a_bit is not None and self.padding_mode == "zeros":
+            planned = self.planned(input, self.output_padding)
+            if planned is not None:
+                return planned
         if self.a_bit is None and self.g_bit is None:
             return self._convolve_floats(input)
         if input.dim() == len(self.kernel_size) + 1:
             return _Forward.forward(self, input.unsqueeze(0)).squeeze(0)
-        padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         if self.padding_mode != "zeros":
-            input = F.pad(input, padding, mode=self.padding_mode)
-        planned = self.planned(input, self.output_padding)
-        if planned is not None:
-            return planned
-        if self.padding_mode != "zeros":
-            return self._convolve(input, (0,) * len(self.kernel_size))
+            padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            planned = self.planned(padded, self.output_padding)
+            return self._convolve(padded, (0,) * len(self.kernel_size)) if planned is None else planned
         return self._convolve(input, *self._padding_and_pad())
 
     def _convolve_floats(self, input: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ class _Forward(nBitConv):
             bias = self._parameters.get("bias")
             arguments = (weight.packed, weight.channel_scale)
             geometry = self._geometry(*self._padding_and_pad())
-            plan = ops.plan("conv_weight_only", input, *arguments, self.w_bit, bias, weight.shape, *geometry)
+            plan = ops.plan("conv_weight_only", None, input, *arguments, self.w_bit, bias, weight.shape, *geometry)
             self._remember(plan, input, weight.packed)
             if plan is not None:
-                result = plan(input, None, None, *arguments, bias)
+                result = plan(input, None, *arguments, bias)
         return result
 
     def _padding_and_pad(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

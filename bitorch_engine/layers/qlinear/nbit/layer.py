@@ -60,7 +60,7 @@ class nBitLinear(LowBitLayer, nn.Linear):
             return WeightOnlyLinear.apply(x, self.weight, self.bias)
         bias: Tensor | None = self._parameters.get("bias")
         head, tail = (x, weight.packed, weight.channel_scale, self.w_bit), self.in_features
-        self._remember(ops.plan("linear_weight_only", *head, bias, tail), x, weight.packed)
+        self._remember(ops.plan("linear_weight_only", None, *head, bias, tail), x, weight.packed)
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         return ops.linear_weight_only(*head, bias, tail)
