@@ -23,6 +23,7 @@ CONVS = (
     ConvShape(256, 1024, 14, kernel=1),
 )
 DEPTHWISE = (ConvShape(256, 256, 14, groups=256),)
+FLOAT_CONVS = (ConvShape(3, 64, 224, kernel=7, stride=2), ConvShape(1, 32, 28, kernel=5, batch=8))
 LINEARS = ((4096, 4096), (1024, 4096))
 COLD = 128 << 20
 """Bytes of weights that take turns where one row is multiplied; a real network does not find a weight in the cache."""
@@ -39,6 +40,7 @@ DEPTHWISE_GOALS = (
     Goal("depthwise 3x3 w4a8", "w4a8", "int8", 1.5, 2),
     Goal("depthwise 3x3 w4a8", "w4a8", "fp32"),
 )
+FLOAT_CONV_GOALS = (Goal("conv of a float image", "w4", "fp32"),)
 GEMV_GOALS = (
     Goal("int4 linear, 1 row, cold", "w4", "bf16", 8, 10.6),
     Goal("int4 linear, 1 row, cold", "w4", "torch int4", 2.4, 3),
@@ -67,6 +69,8 @@ def contests() -> Iterator[Contest]:
         yield Contest("conv", shape.name, CONV_GOALS, partial(_convs, shape, ((1, 1), (4, 8), (2, 2))))
     for shape in DEPTHWISE:
         yield Contest("depthwise conv", shape.name, DEPTHWISE_GOALS, partial(_convs, shape, ((4, 8),)))
+    for shape in FLOAT_CONVS:
+        yield Contest("float conv", shape.name, FLOAT_CONV_GOALS, partial(_convs, shape, ((4, None),)))
     for out_features, in_features in LINEARS:
         for rows in (1, 32, 256):
             name = f"{rows} x {in_features}, {out_features} out"
@@ -95,7 +99,7 @@ def sizes() -> Iterator[Contest]:
         yield Contest("update sizes", name, goals, partial(_updates, features, features), 0.002)
 
 
-def _convs(shape: ConvShape, widths: tuple[tuple[int, int], ...]) -> dict[str, Function]:
+def _convs(shape: ConvShape, widths: tuple[tuple[int, int | None], ...]) -> dict[str, Function]:
     """Ours with float32 inputs and outputs, channels last but where it says NCHW; then the peers."""
     x = torch.randn(shape.batch, shape.in_channels, shape.side, shape.side)
     last = x.contiguous(memory_format=torch.channels_last)
@@ -103,7 +107,7 @@ def _convs(shape: ConvShape, widths: tuple[tuple[int, int], ...]) -> dict[str, F
     ours: dict[str, Function] = {}
     for w_bit, a_bit in widths:
         layer = nBitConv2d(*size, groups=shape.groups, bias=False, w_bit=w_bit, a_bit=a_bit)
-        ours[f"w{w_bit}a{a_bit}"] = inference(layer, last)
+        ours[f"w{w_bit}" if a_bit is None else f"w{w_bit}a{a_bit}"] = inference(layer, last)
         if (w_bit, a_bit) == (1, 1):
             ours["w1a1 NCHW"] = inference(layer, x)
     return ours | conv_peers(shape)
