@@ -196,6 +196,9 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
                    int64_t last_block) {
   const auto multiply = multiply_kernel.pick();
   const auto finish = finish_kernel.pick();
+  const auto make_panel = lookup::panel_kernel.pick();
+  const auto look_up = call.lookup ? call.lookup->multiply_kernel.pick() : nullptr;
+  const auto turn = lookup::turn_kernel.pick();
   const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
   const int64_t results = call.results(), group_start = group * call.units();
   const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + 2 * call.units() / call.table->longest)]);
@@ -227,7 +230,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       tile.blocks = std::min(blocks_at_once, last_block - b);
       tile.weights = call.weights + (group * call.blocks() + b) * block_words;
       if (call.lookup && (passes > 1 || first == first_tile))
-        call.lookup->make_panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
+        make_panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
       // Tiles store floats where they belong, or, for planes of pixels, in rows, which are turned.
@@ -268,7 +271,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           row += place.count;
         }
         if (call.lookup) {
-          call.lookup->multiply(tile, *call.table, call.entries.along(place.box->along) + image, panel.get());
+          look_up(tile, *call.table, call.entries.along(place.box->along) + image, panel.get());
         } else {
           tile.image = call.image + image;
           multiply(tile);
@@ -277,7 +280,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
       if (turned) {
         const float* from = rows.get();
         for (const Stretch *s = stretches.data(), *end = s + number; s < end; from += s++->count * COLUMNS)
-          call.lookup->turn(from, s->count, some, reinterpret_cast<float*>(s->out), s->step / call.element(),
+          turn(from, s->count, some, reinterpret_cast<float*>(s->out), s->step / call.element(),
                             call.out_channel);
       } else if (!in_place) {
         const Epilogue epilogue{zero_sum, tile.factor, tile.added, 0, call.dtype, false, 0};
@@ -362,9 +365,9 @@ const lookup::Table& table_of(int64_t bits, float low) {
 const lookup::Lookup* lookup_for(const Geometry& g, int64_t bits, const lookup::Table& table) {
   constexpr int64_t FEWEST = 6;
   if (current_isa() != AVX2 || g.batch * g.out_pixels() < FEWEST) return nullptr;
-  const lookup::Lookup* const lookup = BE_X86(bits == 1 ? &lookup::signs_avx2 : &lookup::pairs_avx2);
+  const lookup::Lookup* const lookup = bits == 1 ? &lookup::of_signs : &lookup::of_pairs;
   const int64_t bytes = g.taps() * lookup::bytes_of(g.in_channels / g.groups);
-  return lookup && lookup->entries * bytes <= table.most ? lookup : nullptr;
+  return lookup->entries * bytes <= table.most ? lookup : nullptr;
 }
 
 // Of products of `channels` channels. At 2 bits, an entry counts from the least once, and less twice.

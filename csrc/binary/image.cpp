@@ -126,6 +126,7 @@ Entries::Entries(const Geometry& g, const std::vector<Box>& boxes, const uint32_
                  int threads)
     : partners_(lookup && lookup->partners) {
   if (!lookup) return;
+  const auto make_entries = lookup->entries_kernel.pick();
   const int64_t channels = g.in_channels / g.groups, runs = g.batch * g.in_pixels() * g.groups;
   const int64_t step = words_of(channels), entries = lookup->entries * lookup::bytes_of(channels);
   const int64_t distances[4] = {g.in_pixels(), g.stride[0] * g.in[1] * g.in[2], g.stride[1] * g.in[2], g.stride[2]};
@@ -138,8 +139,8 @@ Entries::Entries(const Geometry& g, const std::vector<Box>& boxes, const uint32_
       // The last pixels have no partner inside the image: what is found for one is not used.
       const int64_t middle = std::clamp(runs - distance, first, last);
       const uint32_t *const from = words + first * step, *const rest = words + middle * step;
-      lookup->make_entries(from, from + distance * step, middle - first, channels, to.get() + first * entries);
-      lookup->make_entries(rest, rest, last - middle, channels, to.get() + middle * entries);
+      make_entries(from, from + distance * step, middle - first, channels, to.get() + first * entries);
+      make_entries(rest, rest, last - middle, channels, to.get() + middle * entries);
     });
   }
 }

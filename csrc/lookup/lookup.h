@@ -48,24 +48,49 @@ static inline int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 // bytes: of a result channel.
 static inline int64_t panel_bytes(int64_t bytes, int64_t blocks) { return bytes * 2 * 32 * ((blocks + 1) / 2); }
 
-// The kernels of one instruction set, for signs or for pairs.
+// Entries of `runs` times `bits` bits, each run in whole words, from words to out. seconds: of the second pixels, at 1
+// bit.
+using EntriesFunction = void (*)(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits,
+                                 uint16_t* out);
+// The panel of `blocks` blocks of the arranged weight, block_words apart: `taps` times `bits` bits each. Vectors of
+// which half has no block are filled up with 0.
+using PanelFunction = void (*)(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,
+                               uint8_t* out);
+// As binary::MultiplyFunction, but that segments count in entries, and total = tile.products + what the sums add.
+using LookUpFunction = void (*)(const binary::Tile& tile, const Table& table, const uint16_t* image,
+                                const uint8_t* panel);
+// Rows of COLUMNS results of a pixel, of which `channels` are there, a multiple of 4, to pixels that are `step` apart
+// and channels that are `plane` apart.
+using TurnFunction = void (*)(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step,
+                              int64_t plane);
+
+#define BE_LOOKUP(isa)                                                                                              \
+  void sign_entries_##isa(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits, uint16_t* out); \
+  void pair_entries_##isa(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits, uint16_t* out); \
+  void panel_##isa(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,          \
+                   uint8_t* out);                                                                                     \
+  void signs_##isa(const binary::Tile& tile, const Table& table, const uint16_t* image, const uint8_t* panel);        \
+  void pairs_##isa(const binary::Tile& tile, const Table& table, const uint16_t* image, const uint8_t* panel);        \
+  void turn_##isa(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane);
+BE_LOOKUP(scalar)
+BE_LOOKUP(avx2)
+#undef BE_LOOKUP
+
+extern const Kernel<EntriesFunction> sign_entries_kernel, pair_entries_kernel;
+extern const Kernel<PanelFunction> panel_kernel;
+extern const Kernel<LookUpFunction> signs_kernel, pairs_kernel;
+extern const Kernel<TurnFunction> turn_kernel;
+
+// The tiles of signs or of pairs.
 struct Lookup {
   int64_t pixels;   // of a tile at most
   int64_t blocks;   // and blocks, where it stores floats; else binary::MOST_BLOCKS
   int64_t entries;  // for eight bits of a pixel
   bool partners;    // an entry has bits of two pixels
-  // Entries of `runs` times `bits` bits, each run in whole words, from words to out. seconds: of the second pixels.
-  void (*make_entries)(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits, uint16_t* out);
-  // The panel of `blocks` blocks of the arranged weight, block_words apart: `taps` times `bits` bits each.
-  void (*make_panel)(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,
-                     uint8_t* out);
-  // As binary::MultiplyFunction, but that segments count in entries, and total = tile.products + what the sums add.
-  void (*multiply)(const binary::Tile& tile, const Table& table, const uint16_t* image, const uint8_t* panel);
-  // Rows of COLUMNS results of a pixel, of which `channels` are there, a multiple of 4, to pixels that are `step` apart
-  // and channels that are `plane` apart.
-  void (*turn)(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane);
+  const Kernel<EntriesFunction>& entries_kernel;
+  const Kernel<LookUpFunction>& multiply_kernel;
 };
-extern const Lookup signs_avx2, pairs_avx2;
+extern const Lookup of_signs, of_pairs;
 
 }  // namespace lookup
 }  // namespace bitorch_engine

@@ -13,7 +13,7 @@ using binary::LANES;
 using binary::Segment;
 using binary::Tile;
 
-constexpr int64_t SIGN_PIXELS = 4, PAIR_PIXELS = 6;
+constexpr int64_t SIGN_PIXELS = 4, PAIR_PIXELS = 6;  // of_signs, of_pairs
 
 // In assembly, so that an accumulator stays where it is: GCC otherwise sums two results of lookups first, and copies
 // accumulators, or runs out of registers.
@@ -311,7 +311,9 @@ void tile(const Tile& t, const Table& table, const uint16_t* image, const uint8_
 
 using TileFunction = void (*)(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel);
 
-void multiply_signs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
+}  // namespace
+
+void signs_avx2(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
   constexpr TileFunction TILES[SIGN_PIXELS / 2][2] = {
       {tile<true, 2, 1, sum_signs<1, 1>>, tile<true, 2, 2, sum_signs<1, 2>>},
       {tile<true, 4, 1, sum_signs<2, 1>>, tile<true, 4, 2, sum_signs<2, 2>>}};
@@ -323,7 +325,7 @@ void multiply_signs(const Tile& t, const Table& table, const uint16_t* image, co
 }
 
 // Halves, for which there are registers.
-void multiply_pairs(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
+void pairs_avx2(const Tile& t, const Table& table, const uint16_t* image, const uint8_t* panel) {
   constexpr TileFunction TILES[PAIR_PIXELS / 2][2] = {
       {tile<false, 1, 1, sum_pairs<1, 1>>, tile<false, 1, 2, sum_pairs<1, 2>>},
       {tile<false, 2, 1, sum_pairs<2, 1>>, tile<false, 2, 2, sum_pairs<2, 2>>},
@@ -337,10 +339,10 @@ void multiply_pairs(const Tile& t, const Table& table, const uint16_t* image, co
   }
 }
 
-void turn(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane) {
+void turn_avx2(const float* rows, int64_t pixels, int64_t channels, float* out, int64_t step, int64_t plane) {
   constexpr int64_t AT_ONCE = 32;  // pixels, whose rows stay in the L1 cache
   for (; pixels > AT_ONCE; pixels -= AT_ONCE, rows += AT_ONCE * COLUMNS, out += AT_ONCE * step)
-    turn(rows, AT_ONCE, channels, out, step, plane);
+    turn_avx2(rows, AT_ONCE, channels, out, step, plane);
   for (int64_t o = 0; o < channels; o += 4, rows += 4, out += 4 * plane) {
     int64_t p = 0;
     for (; step == 1 && p + 8 <= pixels; p += 8) {
@@ -364,6 +366,8 @@ void turn(const float* rows, int64_t pixels, int64_t channels, float* out, int64
   }
 }
 
+namespace {
+
 inline uint16_t table_of(int bits) { return static_cast<uint16_t>(bits * 16); }
 
 // Whole words of runs are one run.
@@ -375,7 +379,9 @@ inline void join_runs(int64_t& runs, int64_t& bits) {
 
 inline int64_t bytes_in_words(int64_t bits) { return (bits + binary::WORD - 1) / binary::WORD * 4; }
 
-void make_sign_entries(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits, uint16_t* out) {
+}  // namespace
+
+void sign_entries_avx2(const uint32_t* words, const uint32_t* seconds, int64_t runs, int64_t bits, uint16_t* out) {
   join_runs(runs, bits);
   const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
   const uint8_t *x = reinterpret_cast<const uint8_t*>(words), *y = reinterpret_cast<const uint8_t*>(seconds);
@@ -401,13 +407,15 @@ void make_sign_entries(const uint32_t* words, const uint32_t* seconds, int64_t r
   }
 }
 
-void make_pair_entries(const uint32_t* words, const uint32_t*, int64_t runs, int64_t bits, uint16_t* out) {
+void pair_entries_avx2(const uint32_t* words, const uint32_t*, int64_t runs, int64_t bits, uint16_t* out) {
   join_runs(runs, bits);
   const int64_t count = bytes_of(bits), bytes = bytes_in_words(bits);
   const uint8_t* from = reinterpret_cast<const uint8_t*>(words);
   for (int64_t run = 0; run < runs; ++run, from += bytes, out += count)
     for (int64_t i = 0; i < count; ++i) out[i] = table_of(from[i]);
 }
+
+namespace {
 
 // Of eight lanes of two blocks: [lane % 4, of all four bytes of its word: (first, second block)], and so in each
 // half of a vector. lower: bytes 0 and 1 of the words, upper: 2 and 3.
@@ -422,7 +430,9 @@ inline void transpose_bytes(const uint32_t* first, const uint32_t* second, __m25
   upper = _mm256_unpackhi_epi32(lanes01, lanes23);
 }
 
-void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,
+}  // namespace
+
+void panel_avx2(const uint32_t* weights, int64_t block_words, int64_t blocks, int64_t taps, int64_t bits,
                 uint8_t* out) {
   const int64_t words = (bits + binary::WORD - 1) / binary::WORD, vectors = (blocks + 1) / 2;
   const __m256i four = _mm256_set1_epi8(15);
@@ -446,13 +456,6 @@ void make_panel(const uint32_t* weights, int64_t block_words, int64_t blocks, in
       out += entries * 2 * vectors * 32;
     }
 }
-
-}  // namespace
-
-const Lookup signs_avx2{
-    SIGN_PIXELS, 2 * binary::MOST_BLOCKS, 2, true, make_sign_entries, make_panel, multiply_signs, turn};
-const Lookup pairs_avx2{
-    PAIR_PIXELS, binary::MOST_BLOCKS, 1, false, make_pair_entries, make_panel, multiply_pairs, turn};
 
 }  // namespace lookup
 }  // namespace bitorch_engine

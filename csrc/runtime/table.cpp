@@ -7,6 +7,7 @@
 #include "grad_weight/grad_weight.h"
 #include "gradient/gradient.h"
 #include "linear/linear.h"
+#include "lookup/lookup.h"
 #include "qconv/qconv.h"
 #include "quantize/quantize.h"
 #include "square/square.h"
@@ -49,6 +50,12 @@ const Row kernels[] = {
     binary::multiply_kernel.row(),
     binary::sign_kernel.row(),
     binary::arrange_kernel.row(),
+    lookup::sign_entries_kernel.row(),
+    lookup::pair_entries_kernel.row(),
+    lookup::panel_kernel.row(),
+    lookup::signs_kernel.row(),
+    lookup::pairs_kernel.row(),
+    lookup::turn_kernel.row(),
     split_digits_kernel.row(),
     split_bytes_kernel.row(),
     dot_digits_kernel.row(),

@@ -16,6 +16,7 @@ int main() {
   check_grad_weight(agreement);
   check_gradient(agreement);
   check_linear(agreement);
+  check_lookup(agreement);
   check_qconv(agreement);
   check_quantize(agreement);
   check_square(agreement);

@@ -122,6 +122,7 @@ void check_float_conv(Agreement&);
 void check_grad_weight(Agreement&);
 void check_gradient(Agreement&);
 void check_linear(Agreement&);
+void check_lookup(Agreement&);
 void check_qconv(Agreement&);
 void check_quantize(Agreement&);
 void check_square(Agreement&);
