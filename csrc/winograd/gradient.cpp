@@ -16,8 +16,8 @@ const Kernel<PixelPairFunction> pixel_pair_kernel{"winograd.pixel_pair",
                                                   {pixel_pair_scalar, nullptr, BE_X86(pixel_pair_avx2)}};
 const Kernel<GradientPairFunction> gradient_pair_kernel{"winograd.gradient_pair",
                                                         {gradient_pair_scalar, nullptr, BE_X86(gradient_pair_avx2)}};
-const Kernel<MultiplyPairsFunction> multiply_pairs_kernel{"winograd.multiply_pairs",
-                                                          {multiply_pairs_scalar, nullptr, BE_X86(multiply_pairs_avx2)}};
+const Kernel<MultiplyPairsFunction> multiply_pairs_kernel{
+    "winograd.multiply_pairs", {multiply_pairs_scalar, nullptr, BE_X86(multiply_pairs_avx2)}};
 const Kernel<TapsFunction> taps_kernel{"winograd.taps", {taps_scalar, nullptr, BE_X86(taps_avx2)}};
 
 namespace {

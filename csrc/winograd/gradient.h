@@ -1,5 +1,5 @@
-// The gradient of a 3x3 weight from quantized gradients, likewise: F(3x3, 4x4), whose 9 results, the taps, come of 6 x 6
-// pixels u and 4 x 4 gradients g by 36 products instead of 144. With B as in winograd.h,
+// The gradient of a 3x3 weight from quantized gradients, likewise: F(3x3, 4x4), whose 9 results, the taps, come of
+// 6 x 6 pixels u and 4 x 4 gradients g by 36 products instead of 144. With B as in winograd.h,
 //
 //   576 * results = A ((G g G^T) * (B u B^T)) A^T        * number by number; summed over tiles before A
 //
@@ -10,8 +10,8 @@
 //       [ 1 -2  4 -8 ]
 //       [ 0  0  0  3 ]
 //
-// Gradients of 8 bits become at most 225 * 128, which fits 16 bits. What a product sums over are tiles, of which two lie
-// side by side, [place of 36][pair of tiles][16 channels][2], on both sides.
+// Gradients of 8 bits become at most 225 * 128, which fits 16 bits. What a product sums over are tiles, of which two
+// lie side by side, [place of 36][pair of tiles][16 channels][2], on both sides.
 #pragma once
 
 #include "winograd/winograd.h"

@@ -12,7 +12,8 @@ constexpr int32_t G[READ][3] = {{3, 0, 0}, {1, 1, 1}, {1, -1, 1}, {1, 2, 4}, {1,
 constexpr int32_t B[READ][READ] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
                                    {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
 // Without the factors of SHIFT.
-constexpr int32_t A[SIDE][READ] = {{2, -4, -4, 1, 1, 0}, {0, -2, 2, 1, -1, 0}, {0, -1, -1, 1, 1, 0}, {0, -1, 1, 2, -2, 2}};
+constexpr int32_t A[SIDE][READ] = {{2, -4, -4, 1, 1, 0}, {0, -2, 2, 1, -1, 0},
+                                   {0, -1, -1, 1, 1, 0}, {0, -1, 1, 2, -2, 2}};
 
 // Those of the weight's gradient.
 constexpr int32_t GRADIENT_G[READ][SIDE] = {{3, 0, 0, 0}, {1, 1, 1, 1}, {1, -1, 1, -1},

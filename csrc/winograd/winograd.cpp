@@ -21,7 +21,7 @@ namespace {
 // Tiles and channels that are handled at a time: what is made of them is to stay in the L2 cache.
 constexpr int64_t TILES = 54, CHANNELS = 64;
 static_assert(9 * 255 * 128 * CHANNELS < 1 << 25, "so many channels are added up at a time");
-constexpr int64_t GRAIN = 6;                // tiles that are multiplied together
+constexpr int64_t GRAIN = 6;  // tiles that are multiplied together
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -34,8 +34,8 @@ int64_t channels_of_a_span(int64_t largest, int64_t largest_weight) {
 bool faster(const Product& p, const Phase& phase, int64_t pairs) {
   const int64_t tiles = Grid(p, phase).tiles, panels = (tiles + TILES - 1) / TILES;
   const double channels = static_cast<double>(round_up(p.image_depth, UNIT));
-  const double prepared = 17.5 * channels / static_cast<double>(p.blocks() * BLOCK) + 28;  // a tile: its pixels, and its totals
-  const double tiled = channels * (4.6 * tiles + 11.0 * panels) + prepared * tiles;
+  const double of_pixels = 17.5 * channels / static_cast<double>(p.blocks() * BLOCK), of_totals = 28;  // of a tile
+  const double tiled = channels * (4.6 * tiles + 11.0 * panels) + (of_pixels + of_totals) * tiles;
   int64_t taps = 0;  // that are read, of all pixels
   for (const Region& region : regions_in_use(p, phase, pairs)) taps += p.batch * region.pixels() * region.taps();
   const double each = pairs >= 8 ? 0.0625 : pairs >= 4 ? 0.07 : pairs >= 2 ? 0.08 : 0.13;
@@ -159,7 +159,8 @@ class Part {
       const int64_t count = std::min(segment->count * SIDE, phase_.count[2] - x);
       for (int64_t line = 0; line < SIDE; ++line, totals += segment->count * SIDE * COLUMNS) {
         if (y + line >= phase_.count[1]) continue;
-        const int64_t place = segment->first.sample * call_.out_sample + (y + line) * call_.out_step[1] + x * call_.out_step[2];
+        const int64_t of_line = segment->first.sample * call_.out_sample + (y + line) * call_.out_step[1];
+        const int64_t place = of_line + x * call_.out_step[2];
         const Stretch row{count, out + place * call_.element_bytes, call_.out_step[2] * call_.element_bytes, factor};
         finish(totals, row, first, channels, epilogue_, call_.out_channel);
       }

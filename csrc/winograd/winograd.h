@@ -12,10 +12,10 @@
 //       [ 1 -2  4 ]        [ 0  2 -1 -2  1  0 ]        [ 0 -4  4  8 -8  8 ]
 //       [ 0  0  3 ]        [ 0  4  0 -5  0  1 ]
 //
-// which is 24 times the usual, with the fractions of G moved to A. Weights of 8 bits become at most 49 * 128, and bytes at
-// most 68 * 255: both fit 16 bits, and `vpmaddwd` multiplies those half as fast as bytes. Sums may overflow 32 bits, for
-// they are right modulo 2^32, and the results are found in that: times the inverse of 9, then shifted by 6 bits. So results
-// have 26 bits; of wide weights and many channels there are more, and some channels are added up at a time.
+// which is 24 times the usual, with the fractions of G moved to A. Weights of 8 bits become at most 49 * 128, and bytes
+// at most 68 * 255: both fit 16 bits, and `vpmaddwd` multiplies those half as fast as bytes. Sums may overflow 32 bits,
+// for they are right modulo 2^32, and the results are found in that: times the inverse of 9, then shifted by 6 bits. So
+// results have 26 bits; of wide weights and many channels there are more, and some channels are added up at a time.
 #pragma once
 
 #include <cstdint>
@@ -38,12 +38,12 @@ constexpr uint32_t INVERSE_OF_9 = 0x38e38e39;
 // Rows of A have a factor in common that is left out until the end: 1, 2, 4 and 4.
 constexpr int SHIFT[SIDE] = {0, 1, 2, 2};
 
-// What is made of 36 numbers each has a pitch: so far apart, in numbers, are those of one of the 36 from those of the next.
-// Were it a multiple of 2048, they would all be in the same few lines of the L1 cache.
+// What is made of 36 numbers each has a pitch: so far apart, in numbers, are those of one of the 36 from those of the
+// next. Were it a multiple of 2048, they would all be in the same few lines of the L1 cache.
 static inline int64_t pitch_of(int64_t numbers) { return numbers + 32; }
 
-// G w G^T of some channels of one block of 16 result channels, out[36][padded / 2][16][2], from [9][depth / 4][16][4] as
-// qconv/arrange.cpp has it, of which the 9 are `step` apart. depth: a multiple of 4; channels from there to `padded`
+// G w G^T of some channels of one block of 16 result channels, out[36][padded / 2][16][2], from [9][depth / 4][16][4]
+// as qconv/arrange.cpp has it, of which the 9 are `step` apart. depth: a multiple of 4; channels from there to `padded`
 // become 0. The pitch is that of padded * 16.
 using WeightsFunction = void (*)(const int8_t* block, int64_t step, int64_t depth, int64_t padded, int16_t* out);
 // B u B^T of some channels of one tile, out[36][depth]. Pixel (i, j) is at lines[i] + columns[j].
