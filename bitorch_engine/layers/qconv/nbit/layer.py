@@ -83,7 +83,7 @@ class _Forward(nBitConv):
         """The result where there is such a kernel; else None."""
         result = self.planned(input)
         weight = self._parameters.get("weight")
-        if result is None and isinstance(weight, PackedParameter) and not torch.is_autocast_enabled("cpu"):
+        if result is None and isinstance(weight, PackedParameter):
             bias = self._parameters.get("bias")
             arguments = (weight.packed, weight.channel_scale)
             geometry = self._geometry(*self._padding_and_pad())
