@@ -34,6 +34,7 @@ CONV_GOALS = (
     Goal("binary conv, NCHW", "w1a1 NCHW", "fp32"),
     Goal("w4a8 conv", "w4a8", "fp32", 3.3, 4),
     Goal("w4a8 conv", "w4a8", "int8", 0.9, 1.05),
+    Goal("w8a8 conv", "w8a8", "int8"),
     Goal("w2a2 conv", "w2a2", "int8", 1.0, 1.3),
 )
 DEPTHWISE_GOALS = (
@@ -66,7 +67,7 @@ UPDATE_GOALS = (
 def contests() -> Iterator[Contest]:
     """Every kernel on its shapes."""
     for shape in CONVS:
-        yield Contest("conv", shape.name, CONV_GOALS, partial(_convs, shape, ((1, 1), (4, 8), (2, 2))))
+        yield Contest("conv", shape.name, CONV_GOALS, partial(_convs, shape, ((1, 1), (4, 8), (8, 8), (2, 2))))
     for shape in DEPTHWISE:
         yield Contest("depthwise conv", shape.name, DEPTHWISE_GOALS, partial(_convs, shape, ((4, 8),)))
     for shape in FLOAT_CONVS:
