@@ -184,92 +184,147 @@ void fetch_results(const Call& call, const Place& place, int64_t channel, int64_
   }
 }
 
-// The same for planes, from `channel` on. Inlined: GCC leaves out calls of what does nothing but fetch.
+// The same for planes, from `channel` on.
 __attribute__((always_inline)) inline void fetch_planes(const Call& call, const Place& place, int64_t channel,
                                                         int64_t channels) {
   const float* out = reinterpret_cast<const float*>(call.out) + place.out + channel * call.out_channel;
   for (int64_t o = 0; o < channels; ++o) __builtin_prefetch(out + o * call.out_channel, 1, 2);
 }
 
+// Points a tile at what the pixels of a box read.
+void read_box(const Call& call, const Box& box, Segment* segments, Tile& tile) {
+  int64_t inside = 1;
+  for (int d = 1; d < 4; ++d) inside *= box.span[d].high - box.span[d].low;
+  tile.segments = segments;
+  tile.segment_count = segments_of(call, box, segments);
+  tile.products = static_cast<int32_t>(inside * call.tap_total);
+}
+
+// What tiles store that have not the order of the result: rows of floats, which are turned to planes, or of totals.
+class Rows {
+ public:
+  Rows(const Call& call, int64_t tiles)
+      : call_(call),
+        share_(COLUMNS / (LINE / call.tile_pixels())),
+        rows_(new_buffer<float>(tiles * call.tile_pixels() * COLUMNS)),
+        stretches_(tiles) {}
+
+  // Begins with those of `channels` channels, `first` the first of them. whole: so are their blocks.
+  void begin(int64_t first, int64_t channels, bool whole) {
+    first_ = first;
+    channels_ = channels;
+    turned_ = whole && call_.lookup;
+    count_ = number_ = fetched_ = 0;
+  }
+
+  // The next tile.
+  void take(const Place& place, Tile& tile) {
+    tile.out = rows_.get() + count_ * COLUMNS;
+    tile.out_step = COLUMNS;
+    if (turned_) {
+      fetch_planes(call_, place, first_ + fetched_, std::min(share_, channels_ - fetched_));
+      fetched_ = fetched_ + share_ < channels_ ? fetched_ + share_ : 0;
+    } else {
+      tile.totals = reinterpret_cast<int32_t*>(tile.out);
+    }
+    uint8_t* const to = call_.out + (place.out + first_ * call_.out_channel) * call_.element();
+    const int64_t step = place.out_step * call_.element();
+    Stretch* const last = stretches_.data() + number_ - 1;
+    if (number_ > 0 && last->step == step && to == last->out + last->count * step) last->count += place.count;
+    else stretches_[number_++] = {place.count, to, step, nullptr};
+    count_ += place.count;
+  }
+
+  // Where they belong. tile: one of them.
+  void store(const Tile& tile) const {
+    if (!turned_) {
+      const int32_t zero_sum[COLUMNS] = {};
+      const Epilogue epilogue{zero_sum, tile.factor, tile.added, 0, call_.dtype, false, 0};
+      const Results results{finish_kernel.pick(), epilogue, stretches_.data(), 0, channels_, call_.out_channel};
+      results.take(reinterpret_cast<const int32_t*>(rows_.get()), 0, count_, 0, tile.blocks * LANES);
+      return;
+    }
+    const auto turn = lookup::turn_kernel.pick();
+    const float* from = rows_.get();
+    for (const Stretch *s = stretches_.data(), *end = s + number_; s < end; from += s++->count * COLUMNS)
+      turn(from, s->count, channels_, reinterpret_cast<float*>(s->out), s->step / call_.element(), call_.out_channel);
+  }
+
+ private:
+  const Call& call_;
+  const int64_t share_;  // of the channels of planes, whose lines a few tiles fill
+  const Buffer<float> rows_;
+  std::vector<Stretch> stretches_;  // of the results
+  int64_t first_, channels_, count_, number_, fetched_;  // count: of rows.  number: of stretches.  fetched: channels
+  bool turned_;
+};
+
+// What is read after this call, fetched by a thread's share of tiles, some lines with each.
+class Upcoming {
+ public:
+  Upcoming(const Call& call, int64_t first_tile, int64_t last_tile, int64_t passes)
+      : next_(call.upcoming + call.upcoming_bytes * first_tile / call.tiles()),
+        end_(call.upcoming + call.upcoming_bytes * last_tile / call.tiles()),
+        lines_(1 + call.upcoming_bytes / (64 * call.tiles() * passes)) {}
+
+  void fetch() {
+    for (int64_t line = 0; line < lines_ && next_ < end_; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const uint8_t *next_, *const end_;
+  const int64_t lines_;
+};
+
 // One thread's share: tiles first_tile .. last_tile of all boxes, blocks first_block .. last_block of one group.
 void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t last_tile, int64_t first_block,
                    int64_t last_block) {
   const auto multiply = multiply_kernel.pick();
-  const auto finish = finish_kernel.pick();
   const auto make_panel = lookup::panel_kernel.pick();
   const auto look_up = call.lookup ? call.lookup->multiply_kernel.pick() : nullptr;
-  const auto turn = lookup::turn_kernel.pick();
-  const int64_t block_words = call.block_words(), channels = call.channels(), taps = call.geometry.taps();
-  const int64_t results = call.results(), group_start = group * call.units();
-  const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + 2 * call.units() / call.table->longest)]);
-  // Of the channels of planes, whose lines a few tiles fill.
-  const int64_t share = COLUMNS / (LINE / call.tile_pixels());
+  const int64_t taps = call.geometry.taps(), results = call.results(), group_start = group * call.units();
   const int64_t tiles_at_once = call.lookup ? LOOKED_UP_AT_ONCE / call.lookup->pixels : PIXELS_AT_ONCE / MOST_PIXELS;
   const int64_t blocks_at_once = call.blocks_at_once();
-  const auto panel = new_buffer<uint8_t>(call.panel_bytes(blocks_at_once));
-  const auto rows = new_buffer<float>(tiles_at_once * call.tile_pixels() * COLUMNS);  // or totals, int32
-  const int32_t zero_sum[COLUMNS] = {};
-  std::vector<Stretch> stretches(tiles_at_once);  // of the results
-  std::vector<Place> places(tiles_at_once);
   const int64_t passes = (last_block - first_block + blocks_at_once - 1) / blocks_at_once;
-  const int64_t lines = group > 0 ? 0 : 1 + call.upcoming_bytes / (64 * call.tiles() * passes);  // a tile
-
+  const std::unique_ptr<Segment[]> segments(new Segment[taps * (2 + 2 * call.units() / call.table->longest)]);
+  const auto panel = new_buffer<uint8_t>(call.panel_bytes(blocks_at_once));
+  std::vector<Place> places(tiles_at_once);
+  Rows rows(call, tiles_at_once);
+  Upcoming upcoming(call, first_tile, group > 0 ? first_tile : last_tile, passes);
   Walk walk(call, first_tile);
-  const uint8_t* upcoming = call.upcoming + call.upcoming_bytes * first_tile / call.tiles();
-  const uint8_t* const end = call.upcoming + call.upcoming_bytes * last_tile / call.tiles();
   for (int64_t first = first_tile; first < last_tile; first += tiles_at_once) {
     const int64_t count = std::min(tiles_at_once, last_tile - first);
     for (int64_t i = 0; i < count; ++i) places[i] = walk.next();
     const Box* current = nullptr;
     Tile tile{};
-    tile.segments = segments.get();
-    tile.block_words = block_words;
+    tile.block_words = call.block_words();
     for (int64_t b = first_block; b < last_block; b += blocks_at_once) {
       const int64_t channel = group * results + b * LANES;
-      const int64_t some = std::min(blocks_at_once * LANES, results - b * LANES);
+      const int64_t channels = std::min(blocks_at_once * LANES, results - b * LANES);
       tile.blocks = std::min(blocks_at_once, last_block - b);
-      tile.weights = call.weights + (group * call.blocks() + b) * block_words;
-      if (call.lookup && (passes > 1 || first == first_tile))
-        make_panel(tile.weights, block_words, tile.blocks, taps, channels, panel.get());
+      tile.weights = call.weights + (group * call.blocks() + b) * tile.block_words;
       tile.factor = call.factor + channel;
       tile.added = call.bias ? call.bias + channel : nullptr;
-      // Tiles store floats where they belong, or, for planes of pixels, in rows, which are turned.
-      const bool floats = call.dtype == FLOAT32 && some >= tile.blocks * LANES;
-      const bool in_place = floats && call.out_channel == 1;
-      const bool turned = floats && !in_place && call.lookup;
-      int64_t row = 0, number = 0, fetched = 0;
+      tile.totals = nullptr;
+      if (call.lookup && (passes > 1 || first == first_tile))
+        make_panel(tile.weights, tile.block_words, tile.blocks, taps, call.channels(), panel.get());
+      const bool whole = call.dtype == FLOAT32 && channels >= tile.blocks * LANES;
+      const bool in_place = whole && call.out_channel == 1;
+      if (!in_place) rows.begin(channel, channels, whole);
       for (int64_t i = 0; i < count; ++i) {
         const Place& place = places[i];
-        if (place.box != current) {
-          current = place.box;
-          tile.segment_count = segments_of(call, *current, segments.get());
-          int64_t inside = 1;
-          for (int d = 1; d < 4; ++d) inside *= current->span[d].high - current->span[d].low;
-          tile.products = static_cast<int32_t>(inside * call.tap_total);
-        }
-        const int64_t image = place.image + group_start;
+        if (place.box != current) read_box(call, *(current = place.box), segments.get(), tile);
         tile.image_step = place.image_step;
-        for (int64_t line = 0; line < lines && upcoming < end; ++line, upcoming += 64)
-          __builtin_prefetch(upcoming, 0, 2);
         tile.count = place.count;
-        tile.totals = nullptr;
+        upcoming.fetch();
         if (in_place) {
           tile.out = reinterpret_cast<float*>(call.out) + place.out + channel;
           tile.out_step = place.out_step;
           if (i + 1 < count) fetch_results(call, places[i + 1], channel, tile.blocks * LANES);
         } else {
-          tile.out = rows.get() + row * COLUMNS;
-          tile.out_step = COLUMNS;
-          if (!turned) tile.totals = reinterpret_cast<int32_t*>(tile.out);
-          else fetch_planes(call, place, channel + fetched, std::min(share, some - fetched));
-          fetched = fetched + share < some ? fetched + share : 0;
-          uint8_t* const to = call.out + (place.out + channel * call.out_channel) * call.element();
-          const int64_t step = place.out_step * call.element();
-          Stretch* const last = stretches.data() + number - 1;
-          if (number > 0 && last->step == step && to == last->out + last->count * step) last->count += place.count;
-          else stretches[number++] = {place.count, to, step, nullptr};
-          row += place.count;
+          rows.take(place, tile);
         }
+        const int64_t image = place.image + group_start;
         if (call.lookup) {
           look_up(tile, *call.table, call.entries.along(place.box->along) + image, panel.get());
         } else {
@@ -277,16 +332,7 @@ void multiply_part(const Call& call, int64_t group, int64_t first_tile, int64_t 
           multiply(tile);
         }
       }
-      if (turned) {
-        const float* from = rows.get();
-        for (const Stretch *s = stretches.data(), *end = s + number; s < end; from += s++->count * COLUMNS)
-          turn(from, s->count, some, reinterpret_cast<float*>(s->out), s->step / call.element(),
-                            call.out_channel);
-      } else if (!in_place) {
-        const Epilogue epilogue{zero_sum, tile.factor, tile.added, 0, call.dtype, false, 0};
-        const Results results{finish, epilogue, stretches.data(), 0, some, call.out_channel};
-        results.take(reinterpret_cast<const int32_t*>(rows.get()), 0, row, 0, tile.blocks * LANES);
-      }
+      if (!in_place) rows.store(tile);
     }
   }
 }
