@@ -34,12 +34,12 @@ int64_t pairs(const Product& p, const Phase& phase) { return (products(p, phase)
 // So many pairs have sums that fit 16 bits together.
 int64_t pairs_that_fit(const Source& source, int64_t w_bits) { return 32767 / (2 * (source.largest() << (w_bits - 1))); }
 
-// Whether there are three rows of three taps side by side, the first ones in the first pixel of their lines, with sums of 16
-// bits. (Lines of an image with depth are not in pairs.)
-bool is_square(const Product& p, const Source& source, int64_t w_bits) {
+// Whether there are three rows of three taps side by side, the first ones in the first pixel of their lines. (Lines of an
+// image with depth are not in pairs.)
+bool is_square(const Product& p) {
   const std::vector<Tap>& taps = p.phases[0].taps;
   bool yes = p.phases.size() == 1 && p.image_channels == 1 && taps.size() == 9 && p.base_step[2] <= 2 &&
-             Slab::dimension(p) == 1 && pairs_that_fit(source, w_bits) >= 5;
+             Slab::dimension(p) == 1;
   for (int64_t k = 0; yes && k < 9; ++k)
     yes = taps[k].shift[1] == taps[k / 3 * 3].shift[1] && taps[k].shift[2] == k % 3 - p.before[2];
   return yes;
@@ -50,6 +50,11 @@ int64_t weights_before(const Product& p, size_t phase) {
   int64_t bytes = 0;
   for (size_t f = 0; f < phase; ++f) bytes += pairs(p, p.phases[f]) * 2 * Slab::lanes(p);
   return bytes;
+}
+
+// Those of all phases come first, then those of a square.
+int64_t weight_bytes(const Product& p) {
+  return weights_before(p, p.phases.size()) + (is_square(p) ? Slab::lanes(p) / LANE_BLOCK * SQUARE_BYTES : 0);
 }
 
 // A line of floats, [pixel][lane], to the result's type and order.
@@ -79,15 +84,24 @@ struct Call {
   const int32_t* start;  // (phases, lanes)
   const float *factor, *bias, *sample_factor;
   uint8_t* out;
-  bool square;
+  bool square;  // and sums fit 16 bits
 
   bool direct() const { return a.out_dtype == FLOAT32 && a.out_channel == 1; }  // results are as kernels write them
 };
 
+// Where the results of a line, (z, y), of a phase begin.
+uint8_t* line_of_results(const Call& call, const Phase& phase, int64_t sample, int64_t z, int64_t y) {
+  const QconvArguments& a = call.a;
+  const int64_t* step = call.product.result_step;
+  const int64_t place = sample * a.out_sample + (phase.first[0] + z * step[0]) * a.out_step[0] +
+                        (phase.first[1] + y * step[1]) * a.out_step[1] + phase.first[2] * a.out_step[2];
+  return call.out + place * (a.out_dtype == FLOAT32 ? 4 : 2);
+}
+
 // What all lines of a phase share.
 struct PhaseWork {
   std::vector<int64_t> offsets;
-  SquareLines line;
+  DepthwiseLines line;
 
   PhaseWork(const Call& call, size_t f) : offsets(product_offsets(call.product, call.product.phases[f])), line{} {
     const Product& p = call.product;
@@ -95,50 +109,76 @@ struct PhaseWork {
     if (offsets.size() % 2) offsets.push_back(offsets.back());
     line.offsets = offsets.data();
     line.pairs = pairs(p, phase);
-    line.step = p.base_step[2] * (call.square ? LANE_BLOCK : Slab::pixel_bytes(p));
-    line.block_step = LANE_BLOCK * Slab::line_pixels(p);
+    line.step = p.base_step[2] * Slab::pixel_bytes(p);
     line.pixels = phase.count[2];
     line.line_step = p.base_step[1] * Slab::line_pixels(p) * Slab::pixel_bytes(p);
     line.line_pitch = p.result_step[1] * call.a.out_step[1];
     line.channels = p.groups * p.result_channels;
     line.weights = reinterpret_cast<const int8_t*>(call.weights) + weights_before(p, f);
     line.start = call.start + static_cast<int64_t>(f) * Slab::lanes(p);
-    line.factor = call.factor;
     line.bias = call.bias;
     line.fit = pairs_that_fit(call.source, call.a.w_bits);
   }
 };
 
-// Result pixels first .. last - 1 of each phase along the bands' dimension, of one sample that is in the slab.
+// The result pixels of a band, first .. last - 1 of each phase, of one sample that is in the slab.
 void multiply_band(const Call& call, const Slab& slab, int64_t sample, int64_t first, int64_t last, float* scratch,
-                   PhaseWork* works) {
+                   const float* factor, const PhaseWork* works) {
   const Product& p = call.product;
   const QconvArguments& a = call.a;
   const int d = call.bands.dimension;
   const auto multiply = depthwise_kernel.pick();
-  const auto multiply_square = square_kernel.pick();
   const bool direct = call.direct();
-  const int64_t element = a.out_dtype == FLOAT32 ? 4 : 2, step = p.result_step[2] * a.out_step[2];
+  const int64_t step = p.result_step[2] * a.out_step[2];
   for (size_t f = 0; f < p.phases.size(); ++f) {
     const Phase& phase = p.phases[f];
-    SquareLines line = works[f].line;
+    DepthwiseLines line = works[f].line;
     if (line.pixels <= 0) continue;
+    line.factor = factor;
     const int64_t end[2] = {d == 0 ? std::min(last, phase.count[0]) : phase.count[0],
                             d == 1 ? std::min(last, phase.count[1]) : phase.count[1]};
     for (int64_t z = d == 0 ? first : 0; z < end[0]; ++z)
       for (int64_t y = d == 1 ? first : 0; y < end[1]; y += line.lines) {
         line.lines = direct ? end[1] - y : 1;
         line.base = slab.bytes() + call.bands.base(z, y, first);
-        const int64_t place = sample * a.out_sample + (phase.first[0] + z * p.result_step[0]) * a.out_step[0] +
-                              (phase.first[1] + y * p.result_step[1]) * a.out_step[1] + phase.first[2] * a.out_step[2];
-        uint8_t* out = call.out + place * element;
+        uint8_t* out = line_of_results(call, phase, sample, z, y);
         line.out = direct ? reinterpret_cast<float*>(out) : scratch;
         line.pitch = direct ? step : Slab::lanes(p);
-        call.square ? multiply_square(line) : multiply(line);
+        multiply(line);
         if (!direct)
           write_line(scratch, line.pixels, line.pitch, line.channels, static_cast<Dtype>(a.out_dtype), out, step,
                      a.out_channel);
       }
+  }
+}
+
+// The same of a square. factor: of the sample.
+void multiply_band_of_square(const Call& call, const Slab& slab, int64_t sample, int64_t first, int64_t last, float* scratch,
+                             const float* factor) {
+  const Product& p = call.product;
+  const QconvArguments& a = call.a;
+  const Phase& phase = p.phases[0];
+  const auto multiply = square_kernel.pick();
+  const bool direct = call.direct();
+  const int64_t step = p.result_step[2] * a.out_step[2], line_bytes = Slab::line_pixels(p) * Slab::pixel_bytes(p);
+  SquareLine line{};
+  line.block_step = LANE_BLOCK * Slab::line_pixels(p);
+  line.strided = p.base_step[2] == 2;
+  line.pixels = phase.count[2];
+  line.channels = p.groups * p.result_channels;
+  line.weights = reinterpret_cast<const int8_t*>(call.weights) + weights_before(p, 1);
+  line.start = call.start;
+  line.factor = factor;
+  line.bias = call.bias;
+  line.pitch = direct ? step : Slab::lanes(p);
+  for (int64_t y = first; y < last; ++y) {
+    for (int64_t i = 0; i < 3; ++i)
+      line.rows[i] = slab.bytes() + (call.bands.row(y - first) + p.before[1] + phase.taps[3 * i].shift[1]) * line_bytes;
+    uint8_t* out = line_of_results(call, phase, sample, 0, y);
+    line.out = direct ? reinterpret_cast<float*>(out) : scratch;
+    multiply(line);
+    if (!direct)
+      write_line(scratch, line.pixels, line.pitch, line.channels, static_cast<Dtype>(a.out_dtype), out, step, a.out_channel);
   }
 }
 
@@ -158,16 +198,15 @@ bool multiply_all(const Call& call) {
     if (call.sample_factor) factor = new_buffer<float>(lanes);
     std::vector<PhaseWork> works;
     works.reserve(p.phases.size());
-    for (size_t f = 0; f < p.phases.size(); ++f) works.emplace_back(call, f);
+    for (size_t f = 0; !call.square && f < p.phases.size(); ++f) works.emplace_back(call, f);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / count, first = unit % count * bands.steps;
       const int64_t last = std::min(bands.all, first + bands.steps);
       slab.fill(sample, bands.row(first), bands.rows(last - first));
-      if (call.sample_factor) {
-        std::fill_n(factor.get(), lanes, call.sample_factor[sample]);
-        for (PhaseWork& work : works) work.line.factor = factor.get();
-      }
-      multiply_band(call, slab, sample, first, last, scratch.get(), works.data());
+      if (call.sample_factor) std::fill_n(factor.get(), lanes, call.sample_factor[sample]);
+      const float* of_sample = call.sample_factor ? factor.get() : call.factor;
+      if (call.square) multiply_band_of_square(call, slab, sample, first, last, scratch.get(), of_sample);
+      else multiply_band(call, slab, sample, first, last, scratch.get(), of_sample, works.data());
     }
     if (slab.odd()) odd = true;
   });
@@ -180,8 +219,7 @@ bool multiply_all(const Call& call) {
 using namespace bitorch_engine;
 
 BE_EXPORT int64_t be_depthwise_arranged_bytes(const Geometry* geometry, int scatter, int rows_are_results) {
-  const Product p(*geometry, scatter, rows_are_results);
-  return weights_before(p, p.phases.size());
+  return weight_bytes(Product(*geometry, scatter, rows_are_results));
 }
 
 BE_EXPORT int64_t be_depthwise_phases(const Geometry* geometry, int scatter, int rows_are_results) {
@@ -202,7 +240,9 @@ BE_EXPORT void be_depthwise_arrange(const Geometry* geometry, int scatter, int r
   const Buffer<uint8_t> index = new_buffer<uint8_t>(count);
   unpack_range(packed, 0, count, bits, index.get());
   const int low = lowest_code(bits), step = bits == 1 ? 2 : 1;
-  std::memset(out, 0, weights_before(p, p.phases.size()));
+  const bool square = is_square(p);
+  int8_t* const of_square = reinterpret_cast<int8_t*>(out) + weights_before(p, p.phases.size());
+  std::memset(out, 0, weight_bytes(p));
   std::memset(sums, 0, p.phases.size() * lanes * sizeof *sums);
   for (size_t f = 0; f < p.phases.size(); ++f, sums += lanes) {
     const Phase& phase = p.phases[f];
@@ -216,6 +256,9 @@ BE_EXPORT void be_depthwise_arrange(const Geometry* geometry, int scatter, int r
         of_phase[(lane / LANE_BLOCK * number + k / 2) * 64 + place_of_lane(lane % LANE_BLOCK) + k % 2] =
             static_cast<uint8_t>(code);
         sums[lane] += code;
+        if (!square) continue;
+        int8_t* line = of_square + lane / LANE_BLOCK * SQUARE_BYTES + k / 3 * SQUARE_ROW + place_in_pair(lane % LANE_BLOCK);
+        for (int64_t place : PLACES_OF_TAP[k % 3]) line[place] = static_cast<int8_t>(code);
       }
   }
 }
@@ -238,9 +281,10 @@ BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* 
   std::fill_n(factors, 2 * lanes, 0.0f);
   for (int64_t i = 0; factor && i < channels; ++i) factors[i] = factor[i] * source.scale;
   if (bias) std::copy_n(bias, channels, biases);
+  const bool square = is_square(p) && pairs_that_fit(source, a->w_bits) >= 5;
   const Bands bands(p, static_cast<int>(a->threads));
   const Call call{*a, p, source, bands, weights, start.get(), factors, bias ? biases : nullptr, sample_factor,
-                  static_cast<uint8_t*>(out), is_square(p, source, a->w_bits)};
+                  static_cast<uint8_t*>(out), square};
   return multiply_all(call) || (poison && std::isnan(*poison));
 }
 

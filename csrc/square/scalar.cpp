@@ -10,18 +10,16 @@ int64_t place(int64_t pixels, int64_t x, int64_t lane) {
 
 }  // namespace
 
-void square_scalar(const SquareLines& l) {
-  for (int64_t i = 0; i < l.lines * l.pixels; ++i)
+void square_scalar(const SquareLine& l) {
+  for (int64_t x = 0; x < l.pixels; ++x)
     for (int64_t o = 0; o < l.channels; ++o) {
-      const int64_t y = i / l.pixels, x = i % l.pixels, first = x * (l.step / LANE_BLOCK);
-      const uint8_t* lines = l.base + y * l.line_step;
-      const int8_t* weights = l.weights + o / LANE_BLOCK * l.pairs * 64 + place_of_lane(o % LANE_BLOCK);
+      const int8_t* weights = l.weights + o / LANE_BLOCK * SQUARE_BYTES + place_in_pair(o % LANE_BLOCK);
       int32_t total = l.start[o];
       for (int64_t k = 0; k < 9; ++k)
-        total += lines[l.offsets[k / 3 * 3] + place(l.block_step / LANE_BLOCK, first + k % 3, o)] *
-                 weights[k / 2 * 64 + k % 2];
+        total += l.rows[k / 3][place(l.block_step / LANE_BLOCK, (l.strided ? 2 * x : x) + k % 3, o)] *
+                 weights[k / 3 * SQUARE_ROW + PLACES_OF_TAP[k % 3][0]];
       const float value = static_cast<float>(total) * l.factor[o];
-      l.out[y * l.line_pitch + x * l.pitch + o] = l.bias ? value + l.bias[o] : value;
+      l.out[x * l.pitch + o] = l.bias ? value + l.bias[o] : value;
     }
 }
 

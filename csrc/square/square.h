@@ -2,6 +2,10 @@
 // that networks have. Pixels are interleaved once, when the slab is filled, and not again for each row of each result:
 //
 //   line of pairs  [block of 32 lanes][pair of pixels][lane][2]     unsigned bytes, lanes in the order of `place_in_pair`
+//   weight         [block of 32 lanes][row of taps][4][lane][2]     signed bytes, in the same order
+//
+// A result begins with the first pixel of a pair or with the second. Of each row the weights are those of taps (0, 1) and
+// (2, none) of a pair and the next one, for the former, and (none, 0) and (1, 2), for the latter.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +23,26 @@ static constexpr int64_t place_in_pair(int64_t lane) {
   return lane / 16 * 32 + place * 8 + lane % 4 * 2;
 }
 
-// Result pixels as of DepthwiseLines, from lines of pairs. Row i of the taps begins at base + offsets[3 * i], with the
-// first pixel of a line.  step: LANE_BLOCK, or twice that where every other pixel has a result.
-struct SquareLines : DepthwiseLines {
-  int64_t block_step;  // bytes from one block of lanes to the next
+constexpr int64_t SQUARE_ROW = 4 * 2 * LANE_BLOCK, SQUARE_BYTES = 3 * SQUARE_ROW;  // of the weights of a block of lanes
+
+// Where of a row's weights each of its taps is, for results of either kind.
+constexpr int64_t PLACES_OF_TAP[3][2] = {{0, 2 * 2 * LANE_BLOCK + 1},
+                                         {1, 3 * 2 * LANE_BLOCK},
+                                         {2 * LANE_BLOCK, 3 * 2 * LANE_BLOCK + 1}};
+
+// Result pixels of a line, as of DepthwiseLines.
+struct SquareLine {
+  const uint8_t* rows[3];  // lines of pairs that the rows of taps read, from their first pixel on
+  int64_t block_step;      // bytes from one block of lanes to the next
+  bool strided;            // every other pixel has a result
+  int64_t pixels, channels;
+  const int8_t* weights;
+  const int32_t* start;
+  const float *factor, *bias;
+  float* out;
+  int64_t pitch;
 };
-using SquareFunction = void (*)(const SquareLines& line);
+using SquareFunction = void (*)(const SquareLine& line);
 
 // A line of pixels, an even number, to a line of pairs. lanes: a multiple of LANE_BLOCK.
 using PairFunction = void (*)(const uint8_t* line, int64_t pixels, int64_t lanes, uint8_t* pairs);
@@ -39,7 +57,7 @@ struct FloatLine {
 using QuantizePairsFunction = bool (*)(const FloatLine& line, ActivationRule rule, uint8_t* pairs);
 
 #define BE_SQUARE(isa)                                                                          \
-  void square_##isa(const SquareLines& line);                                                   \
+  void square_##isa(const SquareLine& line);                                                    \
   void pair_pixels_##isa(const uint8_t* line, int64_t pixels, int64_t lanes, uint8_t* pairs);   \
   bool quantize_pairs_##isa(const FloatLine& line, ActivationRule rule, uint8_t* pairs);
 BE_SQUARE(scalar)

@@ -35,10 +35,7 @@ constexpr Bytes from_packed() {
 
 constexpr Bytes FROM_PIXELS = from_pixels(), FROM_PACKED = from_packed();
 
-// Four lanes, 64 bits, from the order of `place_of_lane`, and from their own, to that of `place_in_pair`.
-inline __m512i weights_in_pairs(__m512i pairs) {
-  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), pairs);
-}
+// Four lanes, 64 bits, from their own order to that of `place_in_pair`.
 inline __m512i in_pairs(__m512i lanes) {
   return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 1, 3, 4, 6, 5, 7), lanes);
 }
@@ -67,81 +64,55 @@ struct Finish {
   }
 };
 
-// A block of lanes of a square.
-struct Lanes {
-  // Of each row: where a result begins with the first of two pixels, taps (0, 1) and (2, none) of that pair and the next;
-  // where it begins with the second, (none, 0) and (1, 2).
-  __m512i weights[3][4];
-  __m512i start;
-  Finish finish;
-
-  Lanes(const SquareLines& l, int64_t lane) {
-    const int8_t* of_block = l.weights + 2 * lane * l.pairs;
-    __m512i pairs[6] = {};  // of products (0, 1), (2, 3), ...
-    for (int64_t k = 0; k < 5; ++k) pairs[k] = weights_in_pairs(_mm512_loadu_si512(of_block + 64 * k));
-    const __m512i first = _mm512_set1_epi16(0xff);
-    for (int64_t i = 0; i < 3; ++i) {
-      const __m512i a = pairs[3 * i / 2], b = pairs[3 * i / 2 + 1];
-      const __m512i across = _mm512_or_si512(_mm512_srli_epi16(a, 8), _mm512_slli_epi16(b, 8));
-      const bool even = i % 2 == 0;  // a and b are (0, 1), (2, .), or else (., 0), (1, 2)
-      weights[i][0] = even ? a : across;
-      weights[i][1] = even ? _mm512_and_si512(b, first) : _mm512_srli_epi16(b, 8);
-      weights[i][2] = even ? _mm512_slli_epi16(a, 8) : _mm512_andnot_si512(first, a);
-      weights[i][3] = even ? across : b;
-    }
-    const __m256i low = _mm512_cvtepi32_epi16(_mm512_loadu_si512(l.start + lane));
-    const __m256i high = _mm512_cvtepi32_epi16(_mm512_loadu_si512(l.start + lane + 16));
-    start = in_pairs(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-    start = _mm512_add_epi16(start, _mm512_set1_epi16(static_cast<int16_t>(BEGIN)));
-    for (int64_t i = 0; i < 2; ++i) {
-      finish.factor[i] = _mm512_loadu_ps(l.factor + lane + 16 * i);
-      finish.bias[i] = l.bias ? _mm512_loadu_ps(l.bias + lane + 16 * i) : _mm512_setzero_ps();
-      finish.mask[i] = mask_of(l.channels - lane - 16 * i);
-    }
-  }
-};
-
-inline void add_products(__m512i& sums, __m512i pair, __m512i weights) {
-  sums = _mm512_add_epi16(sums, _mm512_maddubs_epi16(pair, weights));
+inline void add_products(__m512i& sums, __m512i pair, const int8_t* weights) {
+  sums = _mm512_add_epi16(sums, _mm512_maddubs_epi16(pair, _mm512_loadu_si512(weights)));
 }
 
-// A block of lanes, from lines of pairs that begin at `base`. A pair is read once a row, for the results that end with it
-// and for those that begin with it.
+// A block of lanes, from lines of pairs. A pair is read once a row, for the results that end with it and for those that
+// begin with it.
 template <bool BIAS, bool STRIDED>
-void multiply(const SquareLines& l, int64_t lane) {
-  const Lanes lanes(l, lane);
-  const uint8_t* base = l.base + lane / LANE_BLOCK * l.block_step;
-  float* first = l.out + lane;
-  for (int64_t y = 0; y < l.lines; ++y, base += l.line_step, first += l.line_pitch) {
-    const uint8_t* rows[3] = {base + l.offsets[0], base + l.offsets[3], base + l.offsets[6]};
-    __m512i p = lanes.start, q = lanes.start;  // of results that begin with the first pixel, and with the second
+void multiply(const SquareLine& l, int64_t lane) {
+  const int64_t place = lane / LANE_BLOCK * l.block_step;
+  const uint8_t* rows[3] = {l.rows[0] + place, l.rows[1] + place, l.rows[2] + place};
+  const int8_t* weights = l.weights + lane / LANE_BLOCK * SQUARE_BYTES;
+  const auto of = [&](int row, int i) { return weights + row * SQUARE_ROW + i * 2 * LANE_BLOCK; };
+  const __m256i low = _mm512_cvtepi32_epi16(_mm512_loadu_si512(l.start + lane));
+  const __m256i high = _mm512_cvtepi32_epi16(_mm512_loadu_si512(l.start + lane + 16));
+  const __m512i sums = in_pairs(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  const __m512i start = _mm512_add_epi16(sums, _mm512_set1_epi16(static_cast<int16_t>(BEGIN)));
+  Finish finish;
+  for (int64_t i = 0; i < 2; ++i) {
+    finish.factor[i] = _mm512_loadu_ps(l.factor + lane + 16 * i);
+    finish.bias[i] = BIAS ? _mm512_loadu_ps(l.bias + lane + 16 * i) : _mm512_setzero_ps();
+    finish.mask[i] = mask_of(l.channels - lane - 16 * i);
+  }
+  __m512i p = start, q = start;  // of results that begin with the first pixel, and with the second
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const __m512i pair = _mm512_loadu_si512(rows[i]);
+    add_products(p, pair, of(i, 0));
+    if (!STRIDED) add_products(q, pair, of(i, 2));
+  }
+  float* out = l.out + lane;
+  int64_t next = 2 * LANE_BLOCK;
+  for (int64_t x = 0; x < l.pixels; x += STRIDED ? 1 : 2, next += 2 * LANE_BLOCK) {
+    __m512i next_p = start, next_q = start;
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
-      const __m512i pair = _mm512_loadu_si512(rows[i]);
-      add_products(p, pair, lanes.weights[i][0]);
-      if (!STRIDED) add_products(q, pair, lanes.weights[i][2]);
+      const __m512i pair = _mm512_loadu_si512(rows[i] + next);
+      add_products(p, pair, of(i, 1));
+      add_products(next_p, pair, of(i, 0));
+      if (!STRIDED) add_products(q, pair, of(i, 3));
+      if (!STRIDED) add_products(next_q, pair, of(i, 2));
     }
-    float* out = first;
-    int64_t place = 2 * LANE_BLOCK;
-    for (int64_t x = 0; x < l.pixels; x += STRIDED ? 1 : 2, place += 2 * LANE_BLOCK) {
-      __m512i next_p = lanes.start, next_q = lanes.start;
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
-        const __m512i pair = _mm512_loadu_si512(rows[i] + place);
-        add_products(p, pair, lanes.weights[i][1]);
-        add_products(next_p, pair, lanes.weights[i][0]);
-        if (!STRIDED) add_products(q, pair, lanes.weights[i][3]);
-        if (!STRIDED) add_products(next_q, pair, lanes.weights[i][2]);
-      }
-      lanes.finish.store<BIAS>(p, out);
+    finish.store<BIAS>(p, out);
+    out += l.pitch;
+    if (!STRIDED && x + 1 < l.pixels) {
+      finish.store<BIAS>(q, out);
       out += l.pitch;
-      if (!STRIDED && x + 1 < l.pixels) {
-        lanes.finish.store<BIAS>(q, out);
-        out += l.pitch;
-      }
-      p = next_p;
-      q = next_q;
     }
+    p = next_p;
+    q = next_q;
   }
 }
 
@@ -178,10 +149,9 @@ bool quantize(const FloatLine& l, const ActivationRule& rule, uint8_t* pairs) {
 
 }  // namespace
 
-void square_avx512(const SquareLines& l) {
-  const bool strided = l.step != LANE_BLOCK;
-  const auto function = l.bias ? (strided ? multiply<true, true> : multiply<true, false>)
-                               : (strided ? multiply<false, true> : multiply<false, false>);
+void square_avx512(const SquareLine& l) {
+  const auto function = l.bias ? (l.strided ? multiply<true, true> : multiply<true, false>)
+                               : (l.strided ? multiply<false, true> : multiply<false, false>);
   for (int64_t lane = 0; lane < l.channels; lane += LANE_BLOCK) function(l, lane);
 }
 

@@ -16,11 +16,31 @@ Written multiply(DepthwiseFunction kernel, Random& random) {
   const int64_t largest = (1 << random.between(1, 8)) - 1, largest_weight = 1 << random.between(0, 7);
   std::vector<int64_t> offsets(2 * line.pairs);
   for (int64_t& offset : offsets) offset = random.between(0, 500);
-  const int64_t size = 2 * line.line_step + line.pixels * line.step + 500 + whole_blocks(line.channels) + MARGIN;
+  const int64_t lanes = whole_blocks(line.channels), zero = random.between(0, largest);
+  const int64_t size = 2 * line.line_step + line.pixels * line.step + 500 + lanes + MARGIN;
   const std::vector<uint8_t> slab = random.bytes(size, largest);
+  std::vector<int8_t> weights(2 * line.pairs * lanes);
+  std::vector<int32_t> start(lanes);
+  for (int64_t o = 0; o < lanes; ++o)
+    for (int64_t k = 0; k < 2 * line.pairs; ++k) {
+      int8_t& weight = weights[(o / LANE_BLOCK * line.pairs + k / 2) * 64 + place_of_lane(o % LANE_BLOCK) + k % 2];
+      weight = static_cast<int8_t>(random.between(-largest_weight, largest_weight - 1));
+      start[o] -= static_cast<int32_t>(zero * weight);
+    }
+  const std::vector<float> factor = random.numbers(lanes, 0.01f), bias = random.numbers(lanes, 9);
+  line.pitch = line.channels + random.between(0, 5);
+  line.line_pitch = line.pixels * line.pitch + random.between(0, 5);
+  std::vector<float> out(line.lines * line.line_pitch);
   line.base = slab.data();
   line.offsets = offsets.data();
-  return multiply_lines(kernel, line, 2 * line.pairs, largest, largest_weight, random);
+  line.weights = weights.data();
+  line.start = start.data();
+  line.factor = factor.data();
+  line.bias = random.flip() ? bias.data() : nullptr;
+  line.fit = 32767 / (2 * largest * largest_weight);
+  line.out = out.data();
+  kernel(line);
+  return Written().add(out);
 }
 
 Written gradient(DepthwiseGradientFunction kernel, Random& random) {

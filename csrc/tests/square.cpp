@@ -6,24 +6,34 @@ namespace bitorch_engine {
 namespace {
 
 Written multiply(SquareFunction kernel, Random& random) {
-  SquareLines line{};
-  line.pairs = 5;
-  line.step = random.flip() ? LANE_BLOCK : 2 * LANE_BLOCK;
+  SquareLine line{};
+  line.strided = random.flip();
   line.pixels = random.between(1, 40);
   line.channels = random.between(1, 100);
-  line.lines = random.between(1, 3);
-  const int64_t lanes = whole_blocks(line.channels), pixels = (line.pixels * line.step / LANE_BLOCK + 3) / 2 * 2;
-  const int64_t stride = random.between(1, 2);
+  const int64_t lanes = whole_blocks(line.channels), pixels = (line.pixels * (line.strided ? 2 : 1) + 3) / 2 * 2;
   line.block_step = LANE_BLOCK * pixels;
-  line.line_step = stride * pixels * lanes;
-  std::vector<int64_t> offsets(10);
-  int64_t rows = (line.lines - 1) * stride;
-  for (int64_t k = 0; k < 9; k += 3, rows += random.between(1, 2)) offsets[k] = k == 0 ? 0 : rows * pixels * lanes;
-  for (int64_t k = 3; k < 9; k += 3) offsets[k] -= (line.lines - 1) * line.line_step;
-  const std::vector<uint8_t> slab = random.bytes((rows + 1) * pixels * lanes);
-  line.base = slab.data();
-  line.offsets = offsets.data();
-  return multiply_lines(kernel, line, 9, 255, 8, random);
+  const std::vector<uint8_t> slab = random.bytes(5 * pixels * lanes);
+  for (const uint8_t*& row : line.rows) row = slab.data() + random.between(0, 4) * pixels * lanes;
+  std::vector<int8_t> weights(lanes / LANE_BLOCK * SQUARE_BYTES);
+  std::vector<int32_t> start(lanes);
+  const int64_t zero = random.between(0, 255);
+  for (int64_t o = 0; o < lanes; ++o)
+    for (int64_t k = 0; k < 9; ++k) {
+      const int8_t weight = static_cast<int8_t>(random.between(-8, 7));
+      for (int64_t place : PLACES_OF_TAP[k % 3])
+        weights[o / LANE_BLOCK * SQUARE_BYTES + k / 3 * SQUARE_ROW + place_in_pair(o % LANE_BLOCK) + place] = weight;
+      start[o] -= static_cast<int32_t>(zero * weight);
+    }
+  const std::vector<float> factor = random.numbers(lanes, 0.01f), bias = random.numbers(lanes, 9);
+  line.pitch = line.channels + random.between(0, 5);
+  std::vector<float> out(line.pixels * line.pitch);
+  line.weights = weights.data();
+  line.start = start.data();
+  line.factor = factor.data();
+  line.bias = random.flip() ? bias.data() : nullptr;
+  line.out = out.data();
+  kernel(line);
+  return Written().add(out);
 }
 
 Written pair(PairFunction kernel, Random& random) {
