@@ -20,7 +20,7 @@ SINGLE := OMP_NUM_THREADS=1
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
 
-demo: kernels  ## train a 4-bit network on handwritten digits (about a minute), results in runs/demo
+demo: kernels  ## train a 4-bit network on handwritten digits (some minutes with compiling), results in runs/demo
 	@$(BIN)/bitorch-engine train --data digits --w-bit 4 --out runs/demo --overwrite
 
 test: kernels  ## run the tests; ARGS="-k packing" narrows them, WORKERS=8 uses more cores
