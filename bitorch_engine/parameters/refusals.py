@@ -28,8 +28,9 @@ def refuse_lbfgs(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
     It takes the curvature from what small moves change; those are rounded stochastically here, so that it diverges.
     """
-    packed = any(isinstance(p, PackedParameter) for group in optimizer.param_groups for p in group["params"])
-    if packed and isinstance(optimizer, torch.optim.LBFGS):
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return
+    if any(isinstance(p, PackedParameter) for group in optimizer.param_groups for p in group["params"]):
         raise NotImplementedError(
             f"packed weights need a first-order optimizer, got {type(optimizer).__name__}: it diverges where weights "
             "are rounded; use bitorch_engine.optim.DiodeMix, or torch.optim's AdamW or SGD. Nothing was changed."

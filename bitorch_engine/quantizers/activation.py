@@ -118,9 +118,14 @@ class ActivationQuantizer(nn.Module):
 
 def reaching_scale(largest: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     """``largest / high`` in ``dtype``, or the next number above it where ``largest`` would come out beyond ``high``: it
-    is multiplied by the rounded ``1 / scale``, and what is beyond has no gradient."""
-    scale = (largest / high).to(dtype).to(torch.float32)
-    above = (scale * (1 + torch.finfo(dtype).eps)).to(dtype).to(torch.float32)
+    is multiplied by the rounded ``1 / scale``, and what is beyond has no gradient.
+
+    Not below the least normal number of ``dtype``, unless ``largest`` is 0: beneath, the next one is too far.
+    """
+    least = (largest > 0) * torch.finfo(dtype).tiny
+    scale = torch.maximum(largest / high, least).to(dtype)
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale, above = scale.to(torch.float32), above.to(torch.float32)
     return torch.where(largest * (1 / scale) > high, above, scale)
 
 

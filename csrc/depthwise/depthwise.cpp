@@ -242,7 +242,7 @@ BE_EXPORT void be_depthwise_arrange(const Geometry* geometry, int scatter, int r
   const int low = lowest_code(bits), step = bits == 1 ? 2 : 1;
   const bool square = is_square(p);
   int8_t* const of_square = reinterpret_cast<int8_t*>(out) + weights_before(p, p.phases.size());
-  std::memset(out, 0, weight_bytes(p));
+  std::fill_n(out, weight_bytes(p), uint8_t{0});  // none where no tap reaches a result
   std::memset(sums, 0, p.phases.size() * lanes * sizeof *sums);
   for (size_t f = 0; f < p.phases.size(); ++f, sums += lanes) {
     const Phase& phase = p.phases[f];

@@ -1,5 +1,6 @@
 #include "float_conv/float_conv.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -74,8 +75,8 @@ class Lines {
         pixels_((g.out[2] - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2] + 1),
         phase_((pixels_ + g.stride[2] - 1) / g.stride[2]),
         pitch_((g.in_channels * (channels_last ? pixels_ : phase_ * g.stride[2]) + 15) / 16 * 16),
-        planes_((g.kernel[0] - 1) * g.dilation[0] + 1),
-        rows_((g.kernel[1] - 1) * g.dilation[1] + 1),
+        planes_(std::min(g.in[0], (g.kernel[0] - 1) * g.dilation[0] + 1)),
+        rows_(std::min(g.in[1], (g.kernel[1] - 1) * g.dilation[1] + 1)),
         kept_(planes_ * rows_, -1) {
     const int64_t count = (planes_ * rows_ + 1) * pitch_ + FLOAT_BLOCK;
     memory_ = new_buffer<float>(count);

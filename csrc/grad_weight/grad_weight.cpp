@@ -22,6 +22,7 @@
 #include "qconv/qconv.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/round_up.h"
 #include "runtime/transpose.h"
 #include "winograd/gradient.h"
 
@@ -35,8 +36,6 @@ namespace {
 
 // Rows that are multiplied together should stay near: processors without AVX-512 have smaller caches.
 int64_t row_bytes() { return current_isa() < AVX512 ? 1 << 17 : 1 << 21; }
-
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Pixels first .. first + n - 1 of all samples: where their bases are in the image.
 void locate(const Product& p, int64_t first, int64_t n, int64_t* bases) {

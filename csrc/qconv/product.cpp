@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "runtime/round_up.h"
+
 namespace bitorch_engine {
 namespace {
-
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // The phases of one dimension: which taps reach result positions first, first + step, ..., and from how far.
 struct Line {

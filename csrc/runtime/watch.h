@@ -21,6 +21,10 @@ struct Watch {
 };
 
 // What planned calls return.
-enum Outcome { DONE = 0, NOT_A_NUMBER = 1, CHANGED = 2 };  // all results are to be NaN; the plan does not hold, nothing is done
+enum Outcome {
+  DONE = 0,
+  NOT_A_NUMBER = 1,  // all results are to be NaN
+  CHANGED = 2,       // the plan does not hold, and nothing is done
+};
 
 }  // namespace bitorch_engine

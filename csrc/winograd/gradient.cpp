@@ -26,9 +26,9 @@ constexpr int64_t TILES = 64;  // at a time: the sums of so many have 26 bits, a
 static_assert(TILES * SQUARE * 255 * 128 < 1 << 25, "so many tiles are added up at a time");
 
 // The totals of one group that some tiles have, of blocks first_block .. last_block - 1 of 16 results.
-class Part {
+class GradientPart {
  public:
-  Part(const Product& p, const uint8_t* image, const int8_t* gradients, int64_t group, int64_t first_block,
+  GradientPart(const Product& p, const uint8_t* image, const int8_t* gradients, int64_t group, int64_t first_block,
        int64_t last_block)
       : p_(p),
         phase_(p.phases[0]),
@@ -151,13 +151,13 @@ void sum_gradient(const Product& p, const uint8_t* image, int zero, const int8_t
   for (int64_t group = 0; group < p.groups; ++group, totals += size) {
     if (parts == 1) {
       parallel_for(p.blocks(), 1, threads, [&](int64_t first, int64_t last) {
-        Part(p, image, gradients, group, first, last).run(0, tiles, zero, totals);
+        GradientPart(p, image, gradients, group, first, last).run(0, tiles, zero, totals);
       });
       continue;
     }
     parallel_for(parts, 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part)
-        Part(p, image, gradients, group, 0, p.blocks())
+        GradientPart(p, image, gradients, group, 0, p.blocks())
             .run(tiles * part / parts, tiles * (part + 1) / parts, zero,
                  part == 0 ? totals : others.get() + (part - 1) * size);
     });

@@ -128,7 +128,7 @@ void multiply_four(const int16_t* gradients, const int16_t* pixels, int64_t pair
 }
 
 // Four channels of 16 results to pairs of channels: results 0 .. 7 and 8 .. 15 of the first pair, then of the second.
-void part(const int8_t* from, __m256i (&out)[4]) {
+void pair_channels(const int8_t* from, __m256i (&out)[4]) {
   const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
                                          0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
   for (int half = 0; half < 2; ++half) {
@@ -175,7 +175,7 @@ void weights_avx2(const int8_t* block, int64_t step, int64_t depth, int64_t padd
   const int64_t pitch = pitch_of(padded * BLOCK);
   for (int64_t c = 0; c < depth; c += 4, block += 4 * BLOCK, out += 4 * BLOCK) {
     __m256i taps[9][4];
-    for (int t = 0; t < 9; ++t) part(block + t * step, taps[t]);
+    for (int t = 0; t < 9; ++t) pair_channels(block + t * step, taps[t]);
     for (int v = 0; v < 4; ++v) {
       __m256i rows[READ][3], one[READ];
       for (int j = 0; j < 3; ++j) {

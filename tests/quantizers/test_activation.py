@@ -251,7 +251,11 @@ def test_no_largest_value_is_beyond_the_scale_that_reaches_to_it(dtype: torch.dt
         # No step more than is needed: the scale below is not the nearest, or clips.
         nearest = (largest / high).to(dtype).to(torch.float32)
         assert bool(((scale == nearest) | (largest * (1 / nearest) > high)).all())
-        assert bool((scale <= nearest * (1 + 2 * torch.finfo(dtype).eps)).all())
+        above = torch.nextafter(nearest.to(dtype), torch.tensor(torch.inf, dtype=dtype)).to(torch.float32)
+        assert bool((scale <= above).all())
+    tiny = torch.tensor([1e-5, 3e-6, 1e-30])
+    assert bool((tiny * (1 / reaching_scale(tiny, torch.tensor(high), dtype)) <= high).all())
+    assert float(reaching_scale(torch.tensor(0.0), torch.tensor(high), dtype)) == 0
     assert float(reaching_scale(torch.tensor(high), torch.tensor(high), dtype)) == 1
 
 

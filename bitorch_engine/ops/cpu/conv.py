@@ -33,6 +33,9 @@ _planned_qconv, _planned_depthwise = planned("be_qconv_planned"), planned("be_de
 _FLOATS, _CODES, _GRADIENT = 0, 1, 2  # SourceKind of csrc/qconv/image.h
 _DEEPEST = 1 << 16  # products a result: up to here, 255 * 128 times as many fit 32 bits
 
+_LARGEST_IMAGE = 1 << 30
+"""Bytes of a padded image, at most; the reference makes none."""
+
 _Triple = ctypes.c_int64 * 3
 
 
@@ -156,6 +159,8 @@ def _problem(
     out = tuple(convolution.output_shape(shape, weight_shape))
     taps = math.prod(weight_shape[2:])
     deepest = max(shape[1], out[1]) // convolution.groups * taps
+    if _image_bytes(convolution, shape, out, weight_shape) > max(_LARGEST_IMAGE, 16 * math.prod(shape)):
+        return None
     if {x_dtype, out_dtype} - DTYPES.keys() or len(shape) > 5 or not 0 < deepest < _DEEPEST or min(*shape, *out) < 1:
         return None
     forward = kind != _GRADIENT
@@ -178,6 +183,13 @@ def _problem(
         threads=thread_count,
     )
     return problem, result, strides
+
+
+def _image_bytes(c: Convolution, shape: Sequence[int], out: Sequence[int], weight_shape: Sequence[int]) -> int:
+    """Of the padded image, either way; by and large, and no less."""
+    sides = zip(shape[2:], out[2:], weight_shape[2:], c.stride, c.padding, c.dilation, strict=True)
+    padded = math.prod(max(n, m) * s + 2 * p + (k - 1) * d + sum(c.pad) for n, m, k, s, p, d in sides)
+    return shape[0] * max(shape[1], out[1]) * padded
 
 
 def _read_as_float32(scale: Tensor, low: Tensor, channel_scale: Tensor) -> bool:

@@ -108,6 +108,9 @@ CASES = {
         (1, 20, 1, 12), (20, 16, 1, 3), stride=(4, 1), padding=(1, 2), transposed=True, output_padding=(3, 0)
     ),
     "a-line-that-no-tap-reaches": Case((2, 20, 1, 12), (16, 20, 1, 3), stride=(4, 1), padding=(1, 2), pad=(0, 0, 2, 2)),
+    "depthwise-of-a-line-that-no-tap-reaches": Case(
+        (2, 20, 1, 12), (20, 1, 1, 3), stride=(4, 1), padding=(1, 2), groups=20, pad=(0, 0, 2, 2)
+    ),
     "pixels-never-read": Case((1, 8, 9, 9), (8, 8, 1, 2), stride=(4, 3)),
     "1d": Case((3, 10, 50), (18, 10, 5), stride=(2,), padding=(3,)),
     "linear": Case((37, 200, 1), (70, 200, 1)),
@@ -336,6 +339,11 @@ def test_results_have_the_dtype_and_memory_order_of_the_input(isa: str, dtype: t
             assert ops.is_channels_last(y) == (ops.is_channels_last(given_x) and y.movedim(1, -1).is_contiguous())
         for last in (False, True):
             assert torch.equal(run_codes(o, dtype, last), o.expected().to(dtype))
+
+
+def test_an_image_of_gigabytes_of_padding_goes_to_the_reference() -> None:
+    o = operands(Case((1, 3, 8, 8), (4, 3, 3, 3), padding=(20_000,), dilation=(20_000,)))
+    assert torch.equal(run_codes(o), o.expected())
 
 
 def test_scales_of_a_layer_that_was_cast_go_to_the_reference() -> None:

@@ -305,3 +305,16 @@ def test_every_kind_of_padding(options: dict[str, Any]) -> None:
     for x in (torch.randn(2, 3, 9, 10), torch.randn(3, 9, 10)):
         with torch.no_grad():
             torch.testing.assert_close(layer(x), by_torch(layer, x))
+
+
+def test_lines_that_are_zeros_for_the_most_part_are_left_to_torch() -> None:
+    wide = {"padding": (300, 300), "dilation": (300, 300)}
+    assert not case((1, 3, 32, 32), (4, 3, 3, 3), channels_last=True, **wide).has_kernel()
+    assert case((1, 3, 160, 160), (4, 3, 3, 3), channels_last=True, **wide).has_kernel()
+
+
+def test_only_lines_of_the_image_are_kept() -> None:
+    """Of 381 lines between the first tap and the last, 80 lie in the image."""
+    c = case((2, 3, 80, 81), (4, 3, 3, 3), channels_last=True, padding=(190, 7), dilation=(190, 7))
+    assert c.has_kernel()
+    assert_near(c, c.found())
