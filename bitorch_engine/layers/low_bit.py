@@ -177,6 +177,8 @@ class LowBitLayer(nn.Module):
             (scale, low), sources = activation.constants(), activation.sources()
         else:
             scale, low = activation.scale, activation.low.to(torch.float32)
+        # Module.__getattr__ takes a microsecond for what is None.
+        bias: Any = self._parameters["bias"] if self._has_plain_bias() else self.bias
         arguments = (
             x,
             scale,
@@ -185,13 +187,20 @@ class LowBitLayer(nn.Module):
             weight.packed,
             weight.channel_scale,
             self.w_bit,
-            self._parameters.get("bias"),
+            bias,
             weight.shape,
             *geometry,
         )
-        if sources is not None:
-            self._remember(ops.plan("conv", sources, *arguments), x, weight.packed, geometry.output_padding)
+        if sources is not None and self._has_plain_bias():
+            plan = ops.plan("conv", sources, *arguments)
+            if activation.constants()[0] is scale:  # else another thread wrote them, and the plan would not notice
+                self._remember(plan, x, weight.packed, geometry.output_padding)
         return ops.conv(*arguments)
+
+    def _has_plain_bias(self) -> bool:
+        """Whether the bias is a parameter, or None: a parametrization or pruning makes it anew for every call, which no
+        plan would notice."""
+        return "bias" in self._parameters
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What torch.nn.Module calls instead of forward while torch.jit traces; which then fails with an assertion."""

@@ -81,6 +81,7 @@ def is_plain(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_neg()  # a view that stands for its negative, as the imaginary part of a conjugate
+        and not tensor._is_zerotensor()  # which has no memory
     )
 
 
@@ -122,7 +123,7 @@ def takes_short_way(x: Tensor) -> bool:
         return False
     if _traces() or _transform_level() is not None:
         return False
-    return type(x) in _PLAIN and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
+    return type(x) in _PLAIN and x.is_cpu and x.layout is _STRIDED and not (x.is_neg() or x._is_zerotensor())
 
 
 BACKENDS = ("reference", "cpu", "triton")

@@ -35,9 +35,8 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
         return _convolution_backward(func, *args)
     if func is aten.convolution.default and _is_of_few(packed_type, *args):
         x, weight, bias, *geometry = args
-        return ops.conv_weight_only(
-            x, weight.packed, weight.channel_scale, weight.w_bit, bias, weight.shape, *geometry, ()
-        )
+        head = (x, weight.packed, weight.channel_scale, weight.w_bit, bias, weight.shape)
+        return ops.conv_weight_only(*head, *_in_each_dimension(weight.dim() - 2, *geometry), ())
     recorded = torch.is_grad_enabled() and any(isinstance(a, packed_type) and a.requires_grad for a in args)
     channels_last = func in _CONVOLUTIONS and ops.is_channels_last(args[0])
     args, kwargs = _dequantize((args, kwargs), packed_type, channels_last)
@@ -202,11 +201,17 @@ def _convolution_backward(
     *geometry, (need_x, need_weight, need_bias) = rest
     grad_x = grad_weight = grad_bias = None
     if need_weight:
-        grad_weight = ops.conv_grad_weight_dense(grad, x, weight.shape, *geometry, ())
+        each = _in_each_dimension(weight.dim() - 2, *geometry)
+        grad_weight = ops.conv_grad_weight_dense(grad, x, weight.shape, *each, ())
     if need_x or need_bias:
         dense = weight.dequantize(channels_last=ops.is_channels_last(grad))
         grad_x, _, grad_bias = func(grad, x, dense, bias_sizes, *geometry, [need_x, False, need_bias])
     return grad_x, grad_weight, grad_bias
+
+
+def _in_each_dimension(rank: int, *geometry: Any) -> tuple[Any, ...]:
+    """The geometry of torch's operator, which takes one number for all dimensions too, as of padding="valid"."""
+    return tuple(list(g) * rank if isinstance(g, (list, tuple)) and len(g) == 1 else g for g in geometry)
 
 
 def _is_of_few(packed_type: type["PackedParameter"], x: Any, weight: Any, bias: Any, *geometry: Any) -> bool:

@@ -16,7 +16,7 @@ namespace binary {
 
 constexpr int64_t WORD = 32;        // channels of one pixel whose bits lie together
 constexpr int64_t LANES = 16;       // result channels whose words lie together
-constexpr int64_t MOST_BLOCKS = 4;  // blocks of LANES that a tile has at most
+constexpr int64_t MOST_BLOCKS = 4;  // blocks of LANES that a tile has at most; twice as many where lookup stores floats
 constexpr int64_t MOST_PIXELS = 6;  // and pixels; with one vector a block they fill the registers of AVX-512
 
 // A run of words that lie together in the image and in the weight: the taps of one row of a kernel, or one tap.
@@ -38,7 +38,7 @@ struct Tile {
   int64_t segment_count;
   const uint32_t* weights;
   int64_t block_words;
-  int64_t blocks;  // 1 to MOST_BLOCKS
+  int64_t blocks;  // see MOST_BLOCKS
   int32_t products;
   // One of these: floats, total * factor[o] + added[o], pixels out_step apart; or totals, (count, COLUMNS) int32.
   float* out;

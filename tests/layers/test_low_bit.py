@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import bitorch_engine as be
@@ -381,6 +382,49 @@ def test_a_subclass_wraps_an_input_of_more_dimensions_once() -> None:
     x = torch.randn(2, 3, 6)
     layer(x)
     torch.testing.assert_close(layer(x), layer(x.flatten(0, 1)).view(2, 3, 5))
+
+
+class Add(nn.Module):
+    """A parametrization."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + 10
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("change", ["parametrize", "prune"])
+def test_a_bias_that_is_made_of_others_is_added_in_inference(name: str, change: str) -> None:
+    layer, x = in_use(name)
+    if change == "parametrize":
+        torch.nn.utils.parametrize.register_parametrization(layer, "bias", Add())
+    else:
+        torch.nn.utils.prune.custom_from_mask(layer, "bias", torch.arange(len(layer.bias)) % 2)
+    with torch.enable_grad():
+        expected = layer(x)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_bias_of_a_convolution_of_few_channels_that_is_made_of_others_is_added_in_inference() -> None:
+    layer, x = be.nBitConv2d(3, 16, 3, padding=1), IMAGE[:, :3].contiguous()
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Add())
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_write_while_a_plan_is_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = in_use("conv")
+    plan = be.ops.plan
+
+    def plan_after_a_write(*arguments: Any) -> Any:
+        layer.activation.log_gain.add_(1)  # as another thread may
+        return plan(*arguments)
+
+    monkeypatch.setattr(be.ops, "plan", plan_after_a_write)
+    layer(torch.cat([x, x]))
+    monkeypatch.setattr(be.ops, "plan", plan)
+    check(layer, torch.cat([x, x]))
 
 
 def test_a_bias_that_becomes_one_number_for_all_is_no_longer_planned() -> None:

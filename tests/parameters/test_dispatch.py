@@ -483,3 +483,15 @@ class TestOptimizers:
         weight = nBitConvParameter(torch.randn(2, 3))
         with torch.no_grad(), pytest.raises(NotImplementedError, match="not supported for packed weights"):
             torch._foreach_mul_([torch.ones(2), weight], 2.0)
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+def test_a_convolution_without_padding_in_words_trains(channels: int) -> None:
+    layer, x = nBitConv2d(channels, 40, 3, padding="valid"), torch.randn(2, channels, 7, 7)
+    y = layer(x)
+    y.sum().backward()
+    weight = layer.weight.dequantize().requires_grad_()
+    expected = F.conv2d(x, weight, layer.bias)
+    expected.sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer.weight.grad, weight.grad)

@@ -100,6 +100,7 @@ def quantized_row(
         a_bit,
         threads(),
     )
+    structure.keeps = packed
     return _codes, structure
 
 

@@ -50,7 +50,8 @@ class _Planned(ctypes.Structure):
 def can_plan(sources: Sequence[Tensor] | None, packed: Tensor, *others: Tensor | None) -> bool:
     """Whether a plan sees it when one of a layer's tensors changes, and a kernel reads them where they are.
 
-    Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen.
+    Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen, as are
+    writes through ``packed.data``.
     """
     if packed.is_inference() or packed.is_shared() or not (is_plain(packed) and packed.is_contiguous()):
         return False
@@ -116,7 +117,7 @@ def make_plan(
         return y
 
     # Memory that is held is given to no other tensor, which would then be found at the same place.
-    held = [tensor.detach() for tensor in (packed, channel_scale, bias) if tensor is not None]
+    held = [tensor.detach() for tensor in (packed, channel_scale, bias, *(sources or ())) if tensor is not None]
     plan.keeps = (structure, used, held)  # type: ignore[attr-defined]
     return plan
 

@@ -83,8 +83,8 @@ class _Forward(nBitConv):
         """The result where there is such a kernel; else None."""
         result = self.planned(input)
         weight = self._parameters.get("weight")
-        if result is None and isinstance(weight, PackedParameter):
-            bias = self._parameters.get("bias")
+        if result is None and isinstance(weight, PackedParameter) and self._has_plain_bias():
+            bias = self._parameters["bias"]
             arguments = (weight.packed, weight.channel_scale)
             geometry = self._geometry(*self._padding_and_pad())
             plan = ops.plan("conv_weight_only", None, input, *arguments, self.w_bit, bias, weight.shape, *geometry)

@@ -58,9 +58,10 @@ class nBitLinear(LowBitLayer, nn.Linear):
         weight = self._parameters.get("weight")
         if not isinstance(weight, PackedParameter) or torch.is_grad_enabled():
             return WeightOnlyLinear.apply(x, self.weight, self.bias)
-        bias: Tensor | None = self._parameters.get("bias")
+        bias: Tensor | None = self.bias
         head, tail = (x, weight.packed, weight.channel_scale, self.w_bit), self.in_features
-        self._remember(ops.plan("linear_weight_only", None, *head, bias, tail), x, weight.packed)
+        if self._has_plain_bias():
+            self._remember(ops.plan("linear_weight_only", None, *head, bias, tail), x, weight.packed)
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         return ops.linear_weight_only(*head, bias, tail)
