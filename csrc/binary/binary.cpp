@@ -11,6 +11,7 @@
 #include "qconv/results.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/round_up.h"
 
 namespace bitorch_engine {
 namespace binary {
@@ -155,7 +156,7 @@ int64_t segments_of(const Call& call, const Box& box, Segment* segments) {
   constexpr int64_t AT_ONCE = 12;
   const int64_t all = (z.high - z.low) * (y.high - y.low) * taps * units, longest = call.table->longest;
   const int64_t times = std::max<int64_t>(1, (all + longest - 1) / longest), each = (all + times - 1) / times;
-  const int64_t most = std::min(longest, (each + AT_ONCE - 1) / AT_ONCE * AT_ONCE);
+  const int64_t most = std::min(longest, round_up(each, AT_ONCE));
   int64_t count = 0, room = most;
   for (int64_t a = z.low; a < z.high; ++a)
     for (int64_t b = y.low; b < y.high; ++b)

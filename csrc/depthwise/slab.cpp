@@ -5,12 +5,13 @@
 
 #include "bits/bits.h"
 #include "depthwise/depthwise.h"
+#include "runtime/round_up.h"
 #include "square/square.h"
 
 namespace bitorch_engine {
 
 int64_t Slab::lanes(const Product& p) {
-  return (p.groups * p.result_channels + LANE_BLOCK - 1) / LANE_BLOCK * LANE_BLOCK;
+  return round_up(p.groups * p.result_channels, LANE_BLOCK);
 }
 
 int64_t Slab::pixel_bytes(const Product& p) { return p.image_channels * lanes(p); }

@@ -9,6 +9,7 @@
 #include "runtime/buffer.h"
 #include "runtime/geometry.h"
 #include "runtime/parallel.h"
+#include "runtime/round_up.h"
 #include "runtime/transpose.h"
 
 namespace bitorch_engine {
@@ -35,7 +36,7 @@ struct Weights {
 
   explicit Weights(const PlannedFloatConv& p) {
     const int64_t channels = p.geometry.out_channels, depth = p.geometry.in_channels * p.geometry.taps();
-    const int64_t padded = (channels + FLOAT_BLOCK - 1) / FLOAT_BLOCK * FLOAT_BLOCK;
+    const int64_t padded = round_up(channels, FLOAT_BLOCK);
     values = new_buffer<float>(padded * depth);
     start = new_buffer<float>(padded);
     std::fill_n(start.get(), padded, 0.0f);
@@ -74,7 +75,7 @@ class Lines {
         x_(x),
         pixels_((g.out[2] - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2] + 1),
         phase_((pixels_ + g.stride[2] - 1) / g.stride[2]),
-        pitch_((g.in_channels * (channels_last ? pixels_ : phase_ * g.stride[2]) + 15) / 16 * 16),
+        pitch_(round_up(g.in_channels * (channels_last ? pixels_ : phase_ * g.stride[2]), 16)),
         planes_(std::min(g.in[0], (g.kernel[0] - 1) * g.dilation[0] + 1)),
         rows_(std::min(g.in[1], (g.kernel[1] - 1) * g.dilation[1] + 1)),
         kept_(planes_ * rows_, -1) {
@@ -133,7 +134,7 @@ class Lines {
 
 using namespace bitorch_engine;
 
-// x: (batch, *in, in_channels) or (batch, in_channels, *in).  out: likewise.  Returns 0: what is not finite is not noticed.
+// x: (batch, *in, in_channels) or (batch, in_channels, *in).  out: likewise.  What is not finite is not noticed.
 BE_EXPORT int be_float_conv_planned(const PlannedFloatConv* p, const void* x, void* out) {
   const Geometry& g = p->geometry;
   const bool last = p->channels_last;
@@ -162,5 +163,5 @@ BE_EXPORT int be_float_conv_planned(const PlannedFloatConv* p, const void* x, vo
       multiply(line);
     }
   });
-  return 0;
+  return DONE;
 }

@@ -40,9 +40,8 @@ inline void multiply_tile_of(const ConvLine& l, int64_t row, int64_t rows, int64
   float* const out = l.out + row * l.pitch + lane;
   Tile tile{l.values, l.depth, lane, l.weights + row * l.depth, l.start + row, l.depth, out, l.pitch};
   if (l.channels_last) {
-    const int64_t in_block = lane % FLOAT_BLOCK;
-    tile = {l.values, l.depth, row * l.step, l.weights + (lane - in_block) * l.depth + in_block, l.start + lane,
-            l.step,   out,     l.pitch};
+    // Each tile but the last has whole blocks, so that this one begins with a block.
+    tile = {l.values, l.depth, row * l.step, l.weights + lane * l.depth, l.start + lane, l.step, out, l.pitch};
   }
   const int64_t present = (l.channels_last ? l.channels : l.pixels) - lane;
   if (present >= tiles.width) return tiles.tiles[rows - 1](tile);

@@ -5,6 +5,7 @@
 #include "quantize/quantize.h"
 #include "runtime/buffer.h"
 #include "runtime/parallel.h"
+#include "runtime/round_up.h"
 #include "runtime/watch.h"
 
 namespace bitorch_engine {
@@ -79,7 +80,7 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
   const int64_t deep = (rows == 1 ? CHANNELS : MOST_CHANNELS) / parts;  // of each part at a time
   float sums[MOST_ROWS * MOST_CHANNELS];
   for (int64_t from = 0; from < part; from += deep) {
-    const int64_t count = (parts * std::min(deep, part - from) + CHANNELS - 1) / CHANNELS * CHANNELS;
+    const int64_t count = round_up(parts * std::min(deep, part - from), CHANNELS);
     const uint8_t* packed[MOST_CHANNELS];
     const float* scales[MOST_CHANNELS];
     int64_t channel[MOST_CHANNELS];

@@ -270,11 +270,12 @@ void multiply_part(const Call& call, const Phase& phase, const Areas& areas, int
 void multiply_all(const Call& call, int threads) {
   const Product& p = call.product;
   for (const Phase& phase : p.phases) {
-    if (winograd::suits(p, phase, call.largest, call.largest_weight)) {
+    const std::vector<Region> regions = regions_in_use(p, phase, call.pairs());
+    if (winograd::suits(p, phase, regions, call.pairs())) {
       winograd::multiply_all(call, phase, threads);
       continue;
     }
-    const Areas areas(p, phase, regions_in_use(p, phase, call.pairs()), call.sums, call.zero);
+    const Areas areas(p, phase, regions, call.sums, call.zero);
     const int64_t pixels = areas.pixels();
     for (int64_t group = 0; group < p.groups; ++group) {
       // Threads share the pixels; where those are few, the channels.
@@ -298,7 +299,7 @@ using namespace bitorch_engine;
 
 // x: floats, a packed stream of codes, or signed gradient codes.  scale, low: of the activation quantizer.
 // factor: one float a result channel; where x are floats it is multiplied by *scale here.
-// sums: of be_qconv_arrange.  poison: added to every result, or null.  Returns 0.
+// sums: of be_qconv_arrange.  poison: added to every result, or null.
 BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scale, const float* low,
                        const uint8_t* weights, const int32_t* sums, const float* factor, const float* sample_factor,
                        const float* bias, const float* poison, void* out) {
@@ -323,7 +324,7 @@ BE_EXPORT int be_qconv(const QconvArguments* a, const void* x, const float* scal
                   static_cast<uint8_t*>(out), a->out_sample, a->out_channel,
                   {a->out_step[0], a->out_step[1], a->out_step[2]}, element};
   multiply_all(call, threads);
-  return 0;
+  return DONE;
 }
 
 BE_EXPORT int be_qconv_planned(const Planned* p, const void* x, void* out) {

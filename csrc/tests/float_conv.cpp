@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "agreement.h"
+#include "runtime/round_up.h"
 
 namespace bitorch_engine {
 namespace {
@@ -21,7 +22,7 @@ std::vector<Near> multiply(MultiplyLineFunction kernel, Random& random) {
   line.channels = random.between(1, 70);
   line.step = line.channels_last ? random.between(1, 9) : 1;
   line.pitch = (line.channels_last ? line.channels : line.pixels) + random.between(0, 5);
-  const int64_t padded = (line.channels + FLOAT_BLOCK - 1) / FLOAT_BLOCK * FLOAT_BLOCK;
+  const int64_t padded = round_up(line.channels, FLOAT_BLOCK);
   const std::vector<float> image = random.numbers(line.depth + line.pixels * line.step + FLOAT_BLOCK, 3);
   const std::vector<float> weights = random.numbers(padded * line.depth, 1), start = random.numbers(padded, 2);
   std::vector<const float*> values(line.depth);

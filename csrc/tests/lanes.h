@@ -3,9 +3,10 @@
 
 #include "agreement.h"
 #include "depthwise/depthwise.h"
+#include "runtime/round_up.h"
 
 namespace bitorch_engine {
 
-inline int64_t whole_blocks(int64_t lanes) { return (lanes + LANE_BLOCK - 1) / LANE_BLOCK * LANE_BLOCK; }
+inline int64_t whole_blocks(int64_t lanes) { return round_up(lanes, LANE_BLOCK); }
 
 }  // namespace bitorch_engine

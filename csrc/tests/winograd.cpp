@@ -2,6 +2,7 @@
 
 #include "agreement.h"
 #include "qconv/product.h"
+#include "runtime/round_up.h"
 #include "winograd/gradient.h"
 
 namespace bitorch_engine {
@@ -16,7 +17,7 @@ std::vector<int16_t> words(Random& random, int64_t count, int64_t largest) {
 }
 
 Written weights(WeightsFunction kernel, Random& random) {
-  const int64_t depth = 4 * random.between(1, 20), padded = (depth + UNIT - 1) / UNIT * UNIT;
+  const int64_t depth = 4 * random.between(1, 20), padded = round_up(depth, UNIT);
   const int64_t step = (depth + 4 * random.between(0, 9)) * BLOCK;
   std::vector<int8_t> block(9 * step);
   for (int8_t& code : block) code = static_cast<int8_t>(random.between(-128, 127));

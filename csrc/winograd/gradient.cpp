@@ -29,7 +29,7 @@ static_assert(TILES * SQUARE * 255 * 128 < 1 << 25, "so many tiles are added up 
 class GradientPart {
  public:
   GradientPart(const Product& p, const uint8_t* image, const int8_t* gradients, int64_t group, int64_t first_block,
-       int64_t last_block)
+               int64_t last_block)
       : p_(p),
         phase_(p.phases[0]),
         grid_(p, phase_),

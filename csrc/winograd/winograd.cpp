@@ -31,13 +31,13 @@ int64_t channels_of_a_span(int64_t largest, int64_t largest_weight) {
 
 // Compares both ways in vector instructions that a block of 16 results takes, by and large. The numbers are fitted to times
 // on Zen 3 of 8 to 512 channels, maps of 7x7 to 56x56 and batches of 1 to 8, which they tell to a tenth.
-bool faster(const Product& p, const Phase& phase, int64_t pairs) {
+bool faster(const Product& p, const Phase& phase, const std::vector<Region>& regions, int64_t pairs) {
   const int64_t tiles = Grid(p, phase).tiles, panels = (tiles + TILES - 1) / TILES;
   const double channels = static_cast<double>(round_up(p.image_depth, UNIT));
   const double of_pixels = 17.5 * channels / static_cast<double>(p.blocks() * BLOCK), of_totals = 28;  // of a tile
   const double tiled = channels * (4.6 * tiles + 11.0 * panels) + (of_pixels + of_totals) * tiles;
   int64_t taps = 0;  // that are read, of all pixels
-  for (const Region& region : regions_in_use(p, phase, pairs)) taps += p.batch * region.pixels() * region.taps();
+  for (const Region& region : regions) taps += p.batch * region.pixels() * region.taps();
   const double each = pairs >= 8 ? 0.0625 : pairs >= 4 ? 0.07 : pairs >= 2 ? 0.08 : 0.13;
   return 1.03 * tiled < each * taps * p.image_depth;
 }
@@ -178,8 +178,8 @@ bool is_plain(const Product& p, const Phase& phase) {
   return last[1] - first[1] == 2 && last[2] - first[2] == 2;  // not dilated
 }
 
-bool suits(const Product& p, const Phase& phase, int64_t largest, int64_t largest_weight) {
-  return is_plain(p, phase) && faster(p, phase, 32767 / (2 * largest * largest_weight));
+bool suits(const Product& p, const Phase& phase, const std::vector<Region>& regions, int64_t pairs) {
+  return is_plain(p, phase) && faster(p, phase, regions, pairs);
 }
 
 void multiply_all(const Call& call, const Phase& phase, int threads) {
@@ -206,5 +206,6 @@ using namespace bitorch_engine;
 // Whether codes of x_bits times weights of w_bits go this way. For tests.
 BE_EXPORT int be_winograd_suits(const Geometry* geometry, int scatter, int x_bits, int w_bits) {
   const Product p(*geometry, scatter, true);
-  return winograd::suits(p, p.phases[0], x_bits == 1 ? 2 : (1 << x_bits) - 1, 1 << (w_bits - 1));
+  const int64_t largest = x_bits == 1 ? 2 : (1 << x_bits) - 1, pairs = 32767 / (2 * (largest << (w_bits - 1)));
+  return winograd::suits(p, p.phases[0], regions_in_use(p, p.phases[0], pairs), pairs);
 }

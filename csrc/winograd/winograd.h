@@ -19,6 +19,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "runtime/table.h"
 
@@ -27,6 +28,7 @@ namespace bitorch_engine {
 struct Call;
 struct Phase;
 struct Product;
+struct Region;
 
 namespace winograd {
 
@@ -73,8 +75,8 @@ extern const Kernel<PixelsFunction> pixels_kernel;
 extern const Kernel<MultiplyFunction> multiply_kernel;
 extern const Kernel<TotalsFunction> totals_kernel;
 
-// Whether the phase is such a convolution, and faster so. largest: of the image's bytes; largest_weight: of magnitudes.
-bool suits(const Product& product, const Phase& phase, int64_t largest, int64_t largest_weight);
+// Whether the phase is such a convolution, and faster so than in those regions. pairs: see qconv's Tile.
+bool suits(const Product& product, const Phase& phase, const std::vector<Region>& regions, int64_t pairs);
 // All of its results.
 void multiply_all(const Call& call, const Phase& phase, int threads);
 

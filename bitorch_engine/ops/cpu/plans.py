@@ -50,8 +50,8 @@ class _Planned(ctypes.Structure):
 def can_plan(sources: Sequence[Tensor] | None, packed: Tensor, *others: Tensor | None) -> bool:
     """Whether a plan sees it when one of a layer's tensors changes, and a kernel reads them where they are.
 
-    Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen, as are
-    writes through ``packed.data``.
+    Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen. So does
+    who writes through ``packed.data``.
     """
     if packed.is_inference() or packed.is_shared() or not (is_plain(packed) and packed.is_contiguous()):
         return False
