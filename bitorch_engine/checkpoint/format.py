@@ -43,6 +43,9 @@ _STORABLE = {
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 }
 
+_TORCH_SAVES = (b"PK\x03\x04", b"\x80\x02\x8a\n")
+"""The first bytes of what torch.save writes: a zip file, or until torch 1.6 a pickled magic number."""
+
 StrPath = str | os.PathLike[str]
 
 
@@ -117,13 +120,18 @@ def explained(what: str, advice: str) -> Iterator[None]:
 def _opened(path: StrPath) -> Iterator[Any]:
     """The file under safetensors' reader, whose errors become CheckpointErrors."""
     with open(path, "rb") as probe:  # a file that is missing or forbidden is told by Python's own error
-        size = os.fstat(probe.fileno()).st_size
+        size, start = os.fstat(probe.fileno()).st_size, probe.read(4)
     if size == 0:
         raise CheckpointError("the file is empty; copy or save it again.")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
+        if start in _TORCH_SAVES:
+            raise CheckpointError(
+                "wanted a safetensors file that bitorch_engine wrote, got one of torch.save. To take its weights, call "
+                "model.load_state_dict(torch.load(path)), which quantizes those that are float."
+            ) from None
         raise CheckpointError(
             f"the file ({size} bytes) is truncated or damaged, or no safetensors file at all ({error}); copy it again."
         ) from error

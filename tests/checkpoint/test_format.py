@@ -203,10 +203,16 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(CheckpointError, match="no safetensors file at all"):
         read(tmp_path / "x", "deployment")
-    torch.save({"x": torch.zeros(2)}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match="no safetensors file at all"):
-        read(tmp_path / "x", "deployment")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_save_is_refused_with_advice(tmp_path: Path, zipped: bool) -> None:
+    torch.save({"x": torch.zeros(2)}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        CheckpointError, match=r"got one of torch.save. To take its weights, .*load_state_dict\(torch.lo"
+    ):
+        read(tmp_path / "x.pt", "deployment")
 
 
 @pytest.mark.parametrize(
