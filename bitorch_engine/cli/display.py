@@ -41,7 +41,7 @@ class Display:
 
     def epoch(self, epoch: Epoch) -> None:
         """Show what an epoch gave."""
-        self._last = f"  accuracy {epoch.accuracy:.1%}  flipped {epoch.flipped:.1%}"
+        self._last = f"  accuracy {epoch.accuracy:.1%}  codes changed {epoch.flipped:.1%}"
         if not self._live:
             width = len(str(self.epochs))
             self.console.print(

@@ -21,14 +21,14 @@ MOST_COLUMNS = 4
 
 
 def draw_curves(epochs: Sequence[Epoch], path: Path) -> None:
-    """Write a picture of loss, accuracy and flipped codes by epoch."""
+    """Write a picture of loss, accuracy and changed codes by epoch."""
     panels: dict[str, list[tuple[str, str, list[float]]]] = {
         "training loss": [("", BLUE, [epoch.loss for epoch in epochs])],
         "accuracy, %": [
             ("training, augmented", GREY, [100 * epoch.train_accuracy for epoch in epochs]),
             ("test", GREEN, [100 * epoch.accuracy for epoch in epochs]),
         ],
-        "codes flipped in an epoch, %": [("", ORANGE, [100 * epoch.flipped for epoch in epochs])],
+        "codes changed in an epoch, %": [("", ORANGE, [100 * epoch.flipped for epoch in epochs])],
     }
     with _figure(path, 10, 2.8) as figure:
         for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

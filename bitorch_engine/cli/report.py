@@ -31,18 +31,19 @@ def write_report(
     result: Result,
     rows: Sequence[LayerRow],
     settings: Iterable[tuple[str, str]],
-    pictures: Iterable[tuple[str, Path]],
+    pictures: Iterable[tuple[str, str, Path]],
 ) -> None:
-    """Write the page.  settings: names and values as text.  pictures: headings and PNG files, which are embedded."""
+    """Write the page.  settings: names and values as text.  pictures: headings, explanations, and PNG files, which
+    are embedded."""
     images = "".join(
-        f'<h2>{escape(heading)}</h2><img alt="{escape(heading)}" src="data:image/png;base64,'
+        f'<h2>{escape(heading)}</h2><p>{escape(text)}</p><img alt="{escape(heading)}" src="data:image/png;base64,'
         f'{b64encode(picture.read_bytes()).decode()}">'
-        for heading, picture in pictures
+        for heading, text, picture in pictures
     )
     figures = "".join(
         f"<div><b>{value}</b>{escape(label)}</div>"
         for value, label in (
-            (f"{result.accuracy:.1%}", "test accuracy"),
+            (f"{result.accuracy:.1%}", "accuracy on test images, not warped"),
             (f"{result.file_bytes / result.float_file_bytes:.2f}×", "size of the float32 file"),
             (f"{result.state_bytes:.2f} B", "training state per packed weight, AdamW: 12 B"),
             (f"{result.seconds:.0f} s", f"training time, {result.epochs} epochs"),

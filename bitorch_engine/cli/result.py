@@ -30,7 +30,7 @@ class Result:
         """What is measured, in this run, and in float32 with AdamW, as text."""
         share = self.file_bytes / self.float_file_bytes
         return [
-            ("test accuracy", f"{self.accuracy:.2%}", "not trained"),
+            ("accuracy on test images, not warped", f"{self.accuracy:.2%}", ""),
             ("model file", f"{kilobytes(self.file_bytes)} ({share:.2f}x)", kilobytes(self.float_file_bytes)),
             ("training state per packed weight", f"{self.state_bytes:.2f} bytes", f"{ADAMW_BYTES} bytes"),
             ("packed weights", f"{self.packed_weights:,}", ""),

@@ -27,6 +27,12 @@ from bitorch_engine.cli.training import Trainer
 SMALL_STEP = 1_000_000_000
 """Multiply-adds of a step, forward only. The default one has 0.06e9 (digits, CNN, 64 images)."""
 
+LEARNING = (
+    "Codes changed: the share of the packed weights whose code at the end of the epoch is another one than at its "
+    "start. Training images are warped anew at each step, unless --no-augment was given, so that their accuracy may "
+    "be lower than that of the test images, which are not."
+)
+
 
 def begin(folder: RunFolder, settings: Settings, replica: Replica) -> int:
     """Do a new run and fill the folder. The exit code: 0, or that of the signal that stopped it."""
@@ -70,8 +76,8 @@ def _train(trainer: Trainer, folder: RunFolder, settings: Settings, float_bytes:
     replica, data = trainer.replica, trainer.data
     console = Console(quiet=not replica.leads, highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"{settings.title}: {len(data.train_labels)} images of {len(data.classes)} classes, on "
-        f"{replica.world} x {replica.device.type}, into {folder.path}"
+        f"{settings.title}: {len(data.train_labels)} images to train on, {len(data.test_labels)} to test on, "
+        f"{len(data.classes)} classes, on {replica.world} x {replica.device.type}, into {folder.path}"
     )
     display = Display(console, settings.recipe.epochs, trainer.steps_per_epoch, trainer.progress)
     with display, Interrupt(patient=replica.world > 1) as interrupt:
@@ -112,7 +118,10 @@ def _write_pages(trainer: Trainer, folder: RunFolder, settings: Settings, result
         for name, value in options.items()
         if value is not None and value is not False
     ]
-    pictures = [("Learning", folder.curves), ("Use of the codes, layer by layer", folder.weights)]
+    pictures = [
+        ("Learning", LEARNING, folder.curves),
+        ("Use of the codes, layer by layer", "The share of a layer's weights that have each code.", folder.weights),
+    ]
     write_report(folder.report, settings.title, result, rows, listed, pictures)
 
 

@@ -34,7 +34,7 @@ class Settings:
 class RunFolder:
     """Paths of the files of a run, and its records.
 
-    settings.json      what was asked for             curves.png   loss, accuracy, flipped codes
+    settings.json      what was asked for             curves.png   loss, accuracy, changed codes
     metrics.jsonl      one line an epoch              weights.png  histogram of the codes of each layer
     model.safetensors  the model as deployed          report.html  all of it on one page
     checkpoint         all that is needed to resume

@@ -20,12 +20,12 @@ def shown(**console: bool) -> str:
 
 
 def test_elsewhere_than_on_a_terminal_each_epoch_is_a_line() -> None:
-    assert shown() == "epoch 1/3  loss 0.5000  accuracy 98.7%  flipped 12.3%  2.0 s\n"
+    assert shown() == "epoch 1/3  loss 0.5000  accuracy 98.7%  codes changed 12.3%  2.0 s\n"
 
 
 def test_a_terminal_shows_the_epoch_under_way_and_the_last_result() -> None:
     text = shown(force_terminal=True)
-    for part in ("2/3", "loss 0.250", "accuracy 98.7%", "flipped 12.3%"):
+    for part in ("2/3", "loss 0.250", "accuracy 98.7%", "codes changed 12.3%"):
         assert part in text
 
 

@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
 def test_the_page_is_whole_and_holds_all_of_it(tmp_path: Path) -> None:
     Image.new("L", (3, 2)).save(tmp_path / "picture.png")
-    pictures = [("Curves & more", tmp_path / "picture.png")]
+    pictures = [("Curves & more", "less < more", tmp_path / "picture.png")]
     write_report(tmp_path / "report.html", "a<b>", RESULT, ROWS, [("--lr", "0.1")], pictures)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
@@ -75,6 +75,7 @@ def test_the_page_is_whole_and_holds_all_of_it(tmp_path: Path) -> None:
         assert wanted in page.cells
     assert "<b>a" not in text
     assert "a&lt;b&gt;" in text
+    assert "<p>less &lt; more</p>" in text
     (address,) = page.addresses
     assert size(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,")))) == (3, 2)
     assert not re.search(r"https?://|@import|url\(", text)
