@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.kernels import lost_shapes, markdown, times
+from benchmarks.kernels import GOAL_HEADS, goal_table, lost_shapes, markdown, times
 from benchmarks.machine import caption, facts, library_fingerprint
 from benchmarks.resnet50 import resnet50
 from bitorch_engine import compress_saved_tensors, quantize_
 from bitorch_engine.cli.bench import gpu
-from bitorch_engine.cli.bench.contest import HEADS, Contest, Goal, Result, run, table, verdicts
+from bitorch_engine.cli.bench.contest import Contest, Goal, Result, run, verdicts
 from bitorch_engine.cli.bench.timing import Function
 from bitorch_engine.optim import DiodeMix
 
@@ -59,12 +59,12 @@ def report(record: dict[str, Any] | None) -> str:
     parts = ["# Kernels on a GPU", *(__doc__ or "").strip().split("\n\n")]
     results = [Result.of_json(result, known) for result in record["results"]] if record else []
     found = verdicts(results)
-    rows = table(found)
+    rows = goal_table(found)
     missing = [goal for goal in dict.fromkeys(g for c in known for g in c.goals) if goal not in [v.goal for v in found]]
     rows += [
         [goal.row, goal.kind, *["not measured"] * 2, f"{goal.must:g}", f"{goal.aim:g}", "", ""] for goal in missing
     ]
-    parts.append(markdown(HEADS, rows))
+    parts.append(markdown(GOAL_HEADS, rows))
     parts.append(_memory(record["steps"] if record else None))
     if record is None:
         return "\n\n".join([*parts, "No GPU has run it yet: `python -m benchmarks gpu`."]) + "\n"

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import kernels_network
 from benchmarks.machine import ROOT, caption, facts, library_fingerprint
-from bitorch_engine.cli.bench.contest import HEADS, Contest, Result, run, table, verdicts
+from bitorch_engine.cli.bench.contest import HEADS, Contest, Result, Verdict, run, table, verdicts
 from bitorch_engine.cli.bench.contests import contests as kernel_contests
 from bitorch_engine.cli.bench.contests import sizes
-from bitorch_engine.cli.bench.timing import Function
+from bitorch_engine.cli.bench.timing import BUSY, Function, load_average
 from bitorch_engine.cli.info import kernel_facts
 from bitorch_engine.ops.cpu import available_isas
 
@@ -41,9 +41,7 @@ SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
 """Name: threads and environment. onnxruntime and torch's own loops know no cap, so the caps leave onnxruntime out, and
 bfloat16, which torch then computes many times as slowly as float32."""
 
-BUSY = 0.5
-"""Load average from which results carry a warning. Where others take the cores, two threads that wait for each other
-have been measured 100 times too slow, and peers as much as ours."""
+GOAL_HEADS = (*HEADS[:-1], "must", "aim", "reached", HEADS[-1])
 
 
 def settings_here() -> list[str]:
@@ -66,7 +64,7 @@ def measure_settings(names: list[str], *, quick: bool, at_once: bool = False) ->
 
     at_once: all together, each on cores of its own, for a machine that has enough of them.
     """
-    load = round(os.getloadavg()[0], 2)  # before we add to it
+    load = load_average()  # before we add to it
     cores = sorted(os.sched_getaffinity(0)) if at_once else []
     if at_once and len(cores) < sum(SETTINGS[name][0] for name in names):
         raise click.ClickException(f"There are too few cores to measure {', '.join(names)} at once.")
@@ -99,7 +97,7 @@ def report(record: dict[str, Any]) -> str:
         known = list(every_contest(setting, quick=kept["quick"]))
         results = [Result.of_json(result, known) for result in kept["results"]]
         measured = [result for result in results if not result.work.endswith(" sizes")]
-        parts += [f"## {setting.capitalize()}", markdown(HEADS, table(verdicts(measured)))]
+        parts += [f"## {setting.capitalize()}", markdown(GOAL_HEADS, goal_table(verdicts(measured)))]
         parts.append(
             f"Medians of {kept['rounds']} rounds. Instruction set: {kept['isa']}. Load before it began: {kept['load']}."
         )
@@ -121,6 +119,15 @@ def report(record: dict[str, Any]) -> str:
         parts += ["### Microseconds", *times(measured)]
     sources = sorted({kept["sources"] for kept in record["settings"].values()})
     return "\n\n".join([*parts, caption(record | {"sources": sources})]) + "\n"
+
+
+def goal_table(found: list[Verdict]) -> list[list[str]]:
+    """Cells under GOAL_HEADS: how many times as fast as the peer, and what that should be."""
+    rows = []
+    for verdict, row in zip(found, table(found), strict=True):
+        wanted = ["" if want is None else f"{want:g}" for want in (verdict.goal.must, verdict.goal.aim)]
+        rows.append([*row[:-1], *wanted, verdict.word, row[-1]])
+    return rows
 
 
 def lost_shapes(results: list[Result]) -> Iterator[str]:

@@ -28,7 +28,7 @@ def test_must_is_judged_at_every_shape_and_aim_in_the_geometric_mean() -> None:
     (verdict,) = verdicts([result("a", ours=1.0, int8_x=8.0), result("b", ours=1.0, int8_x=0.5)])
     assert (verdict.mean, verdict.word) == (pytest.approx(2.0), "MISSED")
     assert [ratio.shape for ratio in verdict.peer_wins] == ["b"]
-    assert table([verdict]) == [["conv", "int8", "0.50 – 8.00", "2.00", "1", "2", "MISSED", "1 of 2"]]
+    assert table([verdict]) == [["conv", "int8", "0.50 – 8.00", "2.00", "1 of 2"]]
     (verdict,) = verdicts([result("a", ours=1.0, int8_x=1.5)])
     assert verdict.word == "must"
 
@@ -89,10 +89,33 @@ def test_the_command_measures_what_is_asked_for_and_leaves_the_threads_as_they_w
         assert "Not measured: the GPU's kernels; torch finds no CUDA device." in text
 
 
+MODULE = importlib.import_module("bitorch_engine.cli.bench.command")  # the package has the command by that name
+
+
+def test_in_80_columns_no_number_is_cut_and_our_goals_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    goal = Goal("int4 linear, 1 row, cold, float32 precision high", "ours", "onnxruntime int4", 9, 9)
+    times = {"a": 0.5, "b": 10.25}
+    MODULE.show(
+        [Result("linear", n, {"ours": 1.0, "onnxruntime int4: x": t}, [goal]) for n, t in times.items()], 1, 0.0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if "onnxruntime int4" in line)
+    assert row.split()[-7:] == ["0.50", "–", "10.25", "2.26", "1", "of", "2"]
+    assert not any(word in line for line in lines for word in ("MISSED", "must", "busy"))
+
+
+def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (3.14159, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(MODULE, "contests", lambda: [Contest("conv", "a", [GOAL], lambda: {"ours": int})])
+    assert json.loads(CliRunner().invoke(app, ["bench", "--only", "conv*", "--json"]).stdout)["machine"]["load"] == 3.14
+    text = " ".join(CliRunner().invoke(app, ["bench", "--only", "conv*"]).stdout.split())
+    assert "busy with other work (load 3.14 before this began): these numbers are not to be relied on." in text
+
+
 def test_what_to_install_is_named_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module("bitorch_engine.cli.bench.command")  # the package has the command by that name
-    monkeypatch.setattr(module, "has_onnxruntime", lambda: False)
-    module.show([Result("conv", "a", {}, [GOAL], "needs x[y]")], 1)
+    monkeypatch.setattr(MODULE, "has_onnxruntime", lambda: False)
+    MODULE.show([Result("conv", "a", {}, [GOAL], "needs x[y]")], 1, 0.0)
     text = " ".join(capsys.readouterr().out.split())
     assert "pip install 'bitorch_engine[bench]' compares" in text
     assert "Not measured: conv a: needs x[y]" in text

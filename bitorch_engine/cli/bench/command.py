@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -14,6 +15,7 @@ from bitorch_engine.cli.bench import gpu
 from bitorch_engine.cli.bench.contest import HEADS, Result, run, table, verdicts
 from bitorch_engine.cli.bench.contests import contests
 from bitorch_engine.cli.bench.peers import has_onnxruntime
+from bitorch_engine.cli.bench.timing import BUSY, load_average
 from bitorch_engine.cli.errors import UsageError
 from bitorch_engine.cli.info import collect
 
@@ -40,7 +42,7 @@ def command(threads: int, rounds: int, only: str, as_json: bool) -> None:
     chosen = [c for c in known if fnmatch(f"{c.work} {c.shape}", only)]
     if not chosen:
         raise UsageError(f"no contest fits --only {only}; they are {', '.join(f'{c.work} {c.shape}' for c in known)}.")
-    before = torch.get_num_threads()
+    before, load = torch.get_num_threads(), load_average()
     torch.set_num_threads(threads)
     results: list[Result] = []
     try:
@@ -54,26 +56,30 @@ def command(threads: int, rounds: int, only: str, as_json: bool) -> None:
         torch.set_num_threads(before)
     if as_json:
         caps = {name: os.environ.get(name) for name in ("BITORCH_ENGINE_CPU", "ONEDNN_MAX_CPU_ISA")}
-        facts = collect() | {"threads": threads}
+        facts = collect() | {"threads": threads, "load": load}
         click.echo(json.dumps({"machine": facts, "caps": caps, "results": [r.as_json() for r in results]}, indent=1))
         return
-    show(results, threads)
+    show(results, threads, load)
 
 
-def show(results: list[Result], threads: int) -> None:
-    """Print the table of ratios, and what could not be measured."""
+def show(results: list[Result], threads: int, load: float) -> None:
+    """Print the table of ratios, what could not be measured, and whether other work was in the way."""
     console = Console()
-    shown = Table(title=f"Times as fast as the best peer, {threads} thread{'s' * (threads > 1)}", title_justify="left")
-    for head in HEADS:
-        shown.add_column(head, justify="left" if head in ("work", "against the best", "reached") else "right")
+    title = f"Times as fast as the best peer, {threads} thread{'s' * (threads > 1)}"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for head in HEADS:  # in a narrow window the names of the work fold, and no number does
+        shown.add_column(head, justify="left" if head in HEADS[:2] else "right", no_wrap=head != "work")
+    work = ""
     for row in table(verdicts(results)):
-        shown.add_row(*row)
+        shown.add_row("" if row[0] == work else row[0], *row[1:])
+        work = row[0]
     console.print(shown)
-    console.print(
-        "must, aim: what the project wants to reach on a core with AVX-512, at every shape and in the mean. A row that "
-        "says MISSED may still be far ahead of the peer.",
-        style="dim",
-    )
+    if load > BUSY:
+        console.print(
+            f"The machine was busy with other work (load {load:g} before this began): these numbers are not to be "
+            "relied on.",
+            style="bold",
+        )
     for result in results:
         if result.missing:
             console.print(f"Not measured: {result.work} {result.shape}: {result.missing}", markup=False)

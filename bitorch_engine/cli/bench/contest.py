@@ -126,7 +126,7 @@ def verdicts(results: Iterable[Result]) -> list[Verdict]:
     return [Verdict(goal, ratios) for goal, ratios in found.values()]
 
 
-HEADS = ("work", "against the best", "every shape", "mean", "must", "aim", "reached", "peer wins")
+HEADS = ("work", "against the best", "every shape", "mean", "peer wins")
 
 
 def table(found: Iterable[Verdict]) -> list[list[str]]:
@@ -137,7 +137,6 @@ def table(found: Iterable[Verdict]) -> list[list[str]]:
         ends = f"{verdict.worst.value:.2f} – {max(ratio.value for ratio in verdict.ratios):.2f}"
         if count == 1:
             ends = f"{verdict.mean:.2f}"
-        wanted = ["" if want is None else f"{want:g}" for want in (goal.must, goal.aim)]
         wins = f"{len(verdict.peer_wins)} of {count}" if verdict.peer_wins else ""
-        rows.append([goal.row, goal.kind, ends, f"{verdict.mean:.2f}", *wanted, verdict.word, wins])
+        rows.append([goal.row, goal.kind, ends, f"{verdict.mean:.2f}", wins])
     return rows

@@ -1,10 +1,20 @@
 """Medians of functions that take turns, so that a noisy moment of the machine meets all of them."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 Function = Callable[[], object]
+
+BUSY = 0.5
+"""Load average from which results carry a warning. Where others take the cores, two threads that wait for each other
+have been measured 100 times too slow, and peers as much as ours."""
+
+
+def load_average() -> float:
+    """How many programs wanted a core, on average over the last minute; 0 where the system does not say (Windows)."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def medians(functions: Mapping[str, Function], *, rounds: int, seconds: float) -> dict[str, float]:
