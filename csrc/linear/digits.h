@@ -130,24 +130,40 @@ bool split_floats_of(const float* x, const Digits& to) {
   return out;
 }
 
-// value = 2 * high + low: none of the digits is -128, so that every sum fits.
-template <class Lane, int64_t WIDTH, int64_t PER_BYTE>
-void split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
+// Whether all bytes[k] - zero are signed bytes.
+inline bool are_digits(const uint8_t* bytes, int64_t count, int zero) {
+  uint8_t least = 255, largest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    least = bytes[k] < least ? bytes[k] : least;
+    largest = bytes[k] > largest ? bytes[k] : largest;
+  }
+  return least - zero >= -128 && largest - zero <= 127;
+}
+
+// Of two digits, value = 2 * high + low: none is -128, so that every sum fits.
+template <class Lane, int64_t WIDTH, int64_t PER_BYTE, int DIGITS>
+bool split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
   int8_t* out = to.digits;
   uint8_t* corrections = to.corrections;
   float* scales = to.scales;
-  alignas(64) int8_t digits[2][GROUP];
-  for (int64_t first = 0; first < to.columns; first += GROUP, scales += 2) {
+  alignas(64) int8_t digits[DIGITS][GROUP];
+  if (DIGITS == 1 && !are_digits(bytes, to.columns, zero)) return false;
+  for (int64_t first = 0; first < to.columns && out; first += GROUP, scales += DIGITS) {
     const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
     for (int64_t k = 0; k < count; ++k) {
       const int value = k < left ? bytes[first + k] - zero : 0;
-      digits[0][k] = static_cast<int8_t>(value & 1);
-      digits[1][k] = static_cast<int8_t>(value >> 1);
+      if (DIGITS == 1) {
+        digits[0][k] = static_cast<int8_t>(value);
+      } else {
+        digits[0][k] = static_cast<int8_t>(value & 1);
+        digits[DIGITS - 1][k] = static_cast<int8_t>(value >> 1);
+      }
     }
     scales[0] = 1;
-    scales[1] = 2;
+    scales[DIGITS - 1] = DIGITS;
     put_group<Lane, WIDTH, PER_BYTE>(digits, count, GROUP, out, corrections);
   }
+  return out;
 }
 
 template <class Lane, int64_t WIDTH, int DIGITS>
@@ -166,12 +182,18 @@ bool split_digits(const float* x, int bits, const Digits& to) {
   return split(x, bits, to);
 }
 
+template <class Lane, int64_t WIDTH, int DIGITS>
+bool split_bytes_to(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  const auto split = bits == 1   ? split_bytes_of<Lane, WIDTH, 8, DIGITS>
+                     : bits == 2 ? split_bytes_of<Lane, WIDTH, 4, DIGITS>
+                                 : split_bytes_of<Lane, WIDTH, 2, DIGITS>;
+  return split(bytes, zero, to);
+}
+
 template <class Lane, int64_t WIDTH>
-void split_bytes(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  const auto split = bits == 1   ? split_bytes_of<Lane, WIDTH, 8>
-                     : bits == 2 ? split_bytes_of<Lane, WIDTH, 4>
-                                 : split_bytes_of<Lane, WIDTH, 2>;
-  split(bytes, zero, to);
+bool split_bytes(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  const auto split = to.count == 1 ? split_bytes_to<Lane, WIDTH, 1> : split_bytes_to<Lane, WIDTH, 2>;
+  return split(bytes, zero, bits, to);
 }
 
 }  // namespace

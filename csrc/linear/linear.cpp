@@ -74,9 +74,9 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
                      int64_t first, int64_t last) {
   const auto dot = dot_digits_kernel.pick();
   const int64_t rows = static_cast<int64_t>(x.size());
-  // With AVX-512 channels come from four parts in turn: those processors fetch four streams faster than one. Others
-  // that were measured do not.
-  const int64_t parts = current_isa() < AVX512 ? 1 : CHANNELS, part = (last - first + parts - 1) / parts;
+  // Channels come from four parts in turn: processors fetch four streams faster than one.
+  constexpr int64_t parts = CHANNELS;
+  const int64_t part = (last - first + parts - 1) / parts;
   const int64_t deep = (rows == 1 ? CHANNELS : MOST_CHANNELS) / parts;  // of each part at a time
   float sums[MOST_ROWS * MOST_CHANNELS];
   for (int64_t from = 0; from < part; from += deep) {
@@ -202,8 +202,13 @@ BE_EXPORT int be_linear_codes(const PlannedCodes* p, const void* x, void* out) {
   for (int64_t c = 0; c < p->channels; ++c) factor[c] = p->factor[c] * *p->scale;
   const Weights weights{p->packed, factor.get(), p->bias, p->channels, p->columns, 0, bits};
   const DigitRows digits(1, weights, 2);
-  split_bytes_kernel.pick()(codes.get(), x_bits == 1 ? 1 : static_cast<int>(-*p->low), bits, digits.row(0, 2, 0));
-  const std::vector<Digits> row{digits.row(0, 2, 0)};
+  const auto split = split_bytes_kernel.pick();
+  const int zero = x_bits == 1 ? 1 : static_cast<int>(-*p->low);
+  std::vector<Digits> row{digits.row(0, 1, 0)};
+  if (!split(codes.get(), zero, bits, row[0])) {
+    row[0] = digits.row(0, 2, 0);
+    split(codes.get(), zero, bits, row[0]);
+  }
   const std::vector<float*> to{static_cast<float*>(out)};
   parallel_for(p->channels, 1 + WEIGHTS / (p->columns + 1), static_cast<int>(p->threads),
                [&](int64_t first, int64_t last) { multiply_digits(weights, row, to, first, last); });

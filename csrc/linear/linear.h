@@ -43,7 +43,7 @@ struct Digits {
   float* scales;
   int64_t columns;
   int64_t group;  // columns with one scale of weights, a power of two from 32; 0: all
-  int count;      // of digits: 2, 3 or 4
+  int count;      // of digits: 1 to 4
   uint32_t powers;  // half of the activations must be above the largest of 512, divided by 2**powers
 };
 
@@ -53,9 +53,9 @@ struct Digits {
 // products are off; rounding to two, nine times 2**-16. With one digit more, powers may be 12.
 using SplitDigitsFunction = bool (*)(const float* x, int bits, const Digits& to);
 
-// Two digits of bytes[k] - zero, exact. Their products and sums are integers, so that floats hold them exactly below
-// 2**24.
-using SplitBytesFunction = void (*)(const uint8_t* bytes, int zero, int bits, const Digits& to);
+// bytes[k] - zero as one digit or two, exact. Products and sums are integers, so that floats hold them exactly below
+// 2**24. Returns false where one digit is too short.
+using SplitBytesFunction = bool (*)(const uint8_t* bytes, int zero, int bits, const Digits& to);
 
 constexpr int CHANNELS = 4;       // rows of weights that are multiplied at a time
 
@@ -78,7 +78,7 @@ using DotFunction = void (*)(const uint8_t* packed, int64_t count, int bits, con
 
 #define BE_LINEAR(isa)                                                                                         \
   bool split_digits_##isa(const float* x, int bits, const Digits& to);                                         \
-  void split_bytes_##isa(const uint8_t* bytes, int zero, int bits, const Digits& to);                          \
+  bool split_bytes_##isa(const uint8_t* bytes, int zero, int bits, const Digits& to);                          \
   void dot_digits_##isa(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);                \
   void dot_##isa(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,            \
                  const float* const* x, int64_t rows, float* sums);

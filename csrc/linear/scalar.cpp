@@ -26,8 +26,8 @@ void add_floats(const uint8_t* index, int64_t start, int64_t count, int bits, co
 
 bool split_digits_scalar(const float* x, int bits, const Digits& to) { return split_digits<Lane, WIDTH>(x, bits, to); }
 
-void split_bytes_scalar(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  split_bytes<Lane, WIDTH>(bytes, zero, bits, to);
+bool split_bytes_scalar(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  return split_bytes<Lane, WIDTH>(bytes, zero, bits, to);
 }
 
 void dot_digits_scalar(const WeightRows& weights, const Digits* x, int64_t rows, float* sums) {

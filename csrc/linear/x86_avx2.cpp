@@ -9,7 +9,8 @@ namespace bitorch_engine {
 namespace {
 
 constexpr int64_t WIDTH = 32;
-constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are needed
+constexpr int64_t AHEAD = 1024;  // bytes of a row that are asked for before they are needed
+constexpr int TILE = 2;           // rows of weights whose sums, and what they need, have registers
 
 using Lane = int16_t;
 
@@ -31,91 +32,114 @@ inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// The sums of a piece become floats.
-template <int DIGITS>
-inline __m256 scaled(const __m256i (&pairs)[DIGITS], const float* scales) {
-  __m256 sum = _mm256_setzero_ps();
+// A piece of TILE rows of weights, `bytes` of each, which zeros fill up to whole vectors: products of codes and digits
+// are added to sums that begin with the corrections, and these become floats.
+template <int BITS, int DIGITS>
+__attribute__((always_inline)) inline void multiply_piece(const uint8_t* const* weights, int64_t bytes,
+                                                          const int8_t* digits, const uint8_t* corrections,
+                                                          const float* scales, __m256* parts) {
+  __m256i sums[TILE][DIGITS];
+#pragma GCC unroll 2
+  for (int c = 0; c < TILE; ++c)
 #pragma GCC unroll 4
-  for (int d = 0; d < DIGITS; ++d) {
-    const __m256i fours = _mm256_madd_epi16(pairs[d], _mm256_set1_epi16(1));
-    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), _mm256_set1_ps(scales[d]), sum);
+    for (int d = 0; d < DIGITS; ++d) sums[c][d] = load(corrections + d * WIDTH);
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < bytes; i += WIDTH) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8 / BITS; ++j, digits += DIGITS * WIDTH) {
+      __m256i digit[DIGITS];
+#pragma GCC unroll 4
+      for (int d = 0; d < DIGITS; ++d) digit[d] = load(digits + d * WIDTH);
+#pragma GCC unroll 2
+      for (int c = 0; c < TILE; ++c) {
+        const __m256i value = values<BITS>(load(weights[c] + i), j);
+#pragma GCC unroll 4
+        for (int d = 0; d < DIGITS; ++d) {
+          sums[c][d] = _mm256_add_epi16(sums[c][d], _mm256_maddubs_epi16(value, digit[d]));
+          // GCC would first add products to each other, and have no registers for all of them.
+          asm("" : "+x"(sums[c][d]));
+        }
+      }
+    }
   }
-  return sum;
+#pragma GCC unroll 2
+  for (int c = 0; c < TILE; ++c) {
+    parts[c] = _mm256_setzero_ps();
+#pragma GCC unroll 4
+    for (int d = 0; d < DIGITS; ++d) {
+      const __m256i fours = _mm256_madd_epi16(sums[c][d], _mm256_set1_epi16(1));
+      parts[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), _mm256_set1_ps(scales[d]), parts[c]);
+    }
+  }
 }
 
-// GROUPED: whether the weights have scales_a and scales_b.
+// CHANNELS rows of weights. GROUPED: whether they have scales.
 template <int BITS, int DIGITS, bool GROUPED>
-void dot_two(const uint8_t* a, const uint8_t* b, const float* scales_a, const float* scales_b, int64_t row_bytes,
-             const Digits& x, float* sums) {
+void multiply_rows(const uint8_t* const* weights, const float* const* weight_scales, int64_t row_bytes,
+                   const Digits& x, float* sums) {
   const int64_t piece = GROUPED ? piece_columns(x.group, BITS, WIDTH) : GROUP, piece_bytes = piece * BITS / 8;
   // Groups of a piece, which are several where a vector has more columns than a group, and that of each lane.
   const int groups = GROUPED && x.group < piece ? static_cast<int>(piece / x.group) : 1;
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i group = _mm256_srli_epi32(_mm256_mullo_epi32(lanes, _mm256_set1_epi32(groups)), 3);
   __m256i present = _mm256_cmpgt_epi32(_mm256_set1_epi32(groups), lanes);
-  __m256 sum_a = _mm256_setzero_ps(), sum_b = sum_a;
+  __m256 totals[CHANNELS];
+#pragma GCC unroll 4
+  for (int c = 0; c < CHANNELS; ++c) totals[c] = _mm256_setzero_ps();
   const int8_t* digits = x.digits;
   const uint8_t* corrections = x.corrections;
-  uint8_t last[2][GROUP * BITS / 8];
-  for (int64_t start = 0; start < row_bytes; start += piece_bytes, corrections += DIGITS * WIDTH) {
-    // Row b lies behind row a: memory is read in one stream, of which this is asked for before it is needed.
-    for (int64_t line = 0; line < 2 * piece_bytes; line += 64) __builtin_prefetch(a + 2 * start + line + AHEAD);
-    const uint8_t *from_a = a + start, *from_b = b + start;
-    const int64_t left = row_bytes - start, bytes = left < piece_bytes ? left : piece_bytes;
-    if (bytes % WIDTH) {  // what follows is another row, or not there
+  uint8_t last[CHANNELS][GROUP * BITS / 8];
+  for (int64_t start = 0; start < row_bytes; start += piece_bytes) {
+    const uint8_t* from[CHANNELS];
+#pragma GCC unroll 4
+    for (int c = 0; c < CHANNELS; ++c) from[c] = weights[c] + start;
+#pragma GCC unroll 4
+    for (int c = 0; c < CHANNELS; ++c)
+      for (int64_t line = start % 64; line < piece_bytes; line += 64) __builtin_prefetch(from[c] + line + AHEAD, 0, 2);
+    const int64_t left = row_bytes - start;
+    if (left < piece_bytes && left % WIDTH) {  // what follows is another row, or not there
       __builtin_memset(last, 0, sizeof last);
-      __builtin_memcpy(last[0], from_a, bytes);
-      __builtin_memcpy(last[1], from_b, bytes);
-      from_a = last[0];
-      from_b = last[1];
-      if (groups > 1)
-        present = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes * 8 / BITS / x.group)), lanes);
-    }
-    __m256i of_a[DIGITS], of_b[DIGITS];
-#pragma GCC unroll 4
-    for (int d = 0; d < DIGITS; ++d) of_a[d] = of_b[d] = load(corrections + d * WIDTH);
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < bytes; i += WIDTH) {
-#pragma GCC unroll 8
-      for (int j = 0; j < 8 / BITS; ++j, digits += DIGITS * WIDTH) {
-        const __m256i wa = values<BITS>(load(from_a + i), j), wb = values<BITS>(load(from_b + i), j);
-#pragma GCC unroll 4
-        for (int d = 0; d < DIGITS; ++d) {
-          const __m256i digit = load(digits + d * WIDTH);
-          of_a[d] = _mm256_add_epi16(of_a[d], _mm256_maddubs_epi16(wa, digit));
-          of_b[d] = _mm256_add_epi16(of_b[d], _mm256_maddubs_epi16(wb, digit));
-          // GCC would load what all steps need first, and have no registers for it.
-          asm volatile("" : "+x"(of_a[d]), "+x"(of_b[d])::"memory");
-        }
+      for (int c = 0; c < CHANNELS; ++c) {
+        __builtin_memcpy(last[c], from[c], left);
+        from[c] = last[c];
       }
+      if (groups > 1)
+        present = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left * 8 / BITS / x.group)), lanes);
     }
     const int64_t column = start * 8 / BITS;
     const float* scales = x.scales + column / GROUP * DIGITS;
-    const __m256 part_a = scaled<DIGITS>(of_a, scales), part_b = scaled<DIGITS>(of_b, scales);
-    if (GROUPED) {
-      const auto scale = [&](const float* of_groups) {
-        return _mm256_permutevar8x32_ps(_mm256_maskload_ps(of_groups + column / x.group, present), group);
-      };
-      sum_a = _mm256_fmadd_ps(part_a, scale(scales_a), sum_a);
-      sum_b = _mm256_fmadd_ps(part_b, scale(scales_b), sum_b);
-    } else {
-      sum_a = _mm256_add_ps(sum_a, part_a);
-      sum_b = _mm256_add_ps(sum_b, part_b);
+    __m256 parts[CHANNELS];
+#pragma GCC unroll 2
+    for (int c = 0; c < CHANNELS; c += TILE) {
+      // Where the compiler knows how long a piece is, it takes a third less time.
+      if (left < piece_bytes)
+        multiply_piece<BITS, DIGITS>(from + c, left, digits, corrections, scales, parts + c);
+      else
+        multiply_piece<BITS, DIGITS>(from + c, piece_bytes, digits, corrections, scales, parts + c);
     }
+#pragma GCC unroll 4
+    for (int c = 0; c < CHANNELS; ++c) {
+      if (GROUPED) {
+        const __m256 some = _mm256_maskload_ps(weight_scales[c] + column / x.group, present);
+        totals[c] = _mm256_fmadd_ps(parts[c], _mm256_permutevar8x32_ps(some, group), totals[c]);
+      } else {
+        totals[c] = _mm256_add_ps(totals[c], parts[c]);
+      }
+    }
+    digits += piece * DIGITS;
+    corrections += DIGITS * WIDTH;
   }
-  sums[0] = sum_of(sum_a);
-  sums[1] = sum_of(sum_b);
+#pragma GCC unroll 4
+  for (int c = 0; c < CHANNELS; ++c) sums[c] = sum_of(totals[c]);
 }
 
 template <int BITS, int DIGITS>
-void dot_pairs(const WeightRows& weights, const Digits& x, float* sums) {
-  const int64_t bytes = weights.row_bytes;
-  for (int64_t c = 0; c < weights.count; c += 2) {
-    const uint8_t *a = weights.packed[c], *b = weights.packed[c + 1];
+void multiply_fours(const WeightRows& weights, const Digits& x, float* sums) {
+  for (int64_t c = 0; c < weights.count; c += CHANNELS) {
     if (weights.scales)
-      dot_two<BITS, DIGITS, true>(a, b, weights.scales[c], weights.scales[c + 1], bytes, x, sums + c);
+      multiply_rows<BITS, DIGITS, true>(weights.packed + c, weights.scales + c, weights.row_bytes, x, sums + c);
     else
-      dot_two<BITS, DIGITS, false>(a, b, nullptr, nullptr, bytes, x, sums + c);
+      multiply_rows<BITS, DIGITS, false>(weights.packed + c, nullptr, weights.row_bytes, x, sums + c);
   }
 }
 
@@ -161,16 +185,17 @@ void add_floats(const uint8_t* index, int64_t start, int64_t count, int bits, co
 
 bool split_digits_avx2(const float* x, int bits, const Digits& to) { return split_digits<Lane, WIDTH>(x, bits, to); }
 
-void split_bytes_avx2(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  split_bytes<Lane, WIDTH>(bytes, zero, bits, to);
+bool split_bytes_avx2(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  return split_bytes<Lane, WIDTH>(bytes, zero, bits, to);
 }
 
 void dot_digits_avx2(const WeightRows& weights, const Digits* x, int64_t rows, float* sums) {
   const int bits = weights.bits;
-  const auto of_two = bits == 1 ? dot_pairs<1, 2> : bits == 2 ? dot_pairs<2, 2> : dot_pairs<4, 2>;
-  const auto of_three = bits == 1 ? dot_pairs<1, 3> : bits == 2 ? dot_pairs<2, 3> : dot_pairs<4, 3>;
-  const auto of_four = bits == 1 ? dot_pairs<1, 4> : bits == 2 ? dot_pairs<2, 4> : dot_pairs<4, 4>;
-  const auto dot = x->count == 2 ? of_two : x->count == 3 ? of_three : of_four;
+  const auto one = bits == 1 ? multiply_fours<1, 1> : bits == 2 ? multiply_fours<2, 1> : multiply_fours<4, 1>;
+  const auto two = bits == 1 ? multiply_fours<1, 2> : bits == 2 ? multiply_fours<2, 2> : multiply_fours<4, 2>;
+  const auto three = bits == 1 ? multiply_fours<1, 3> : bits == 2 ? multiply_fours<2, 3> : multiply_fours<4, 3>;
+  const auto four = bits == 1 ? multiply_fours<1, 4> : bits == 2 ? multiply_fours<2, 4> : multiply_fours<4, 4>;
+  const auto dot = x->count == 1 ? one : x->count == 2 ? two : x->count == 3 ? three : four;
   for (int64_t r = 0; r < rows; ++r) dot(weights, x[r], sums + r * weights.count);
 }
 

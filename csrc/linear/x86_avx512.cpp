@@ -176,16 +176,17 @@ bool split_digits_avx512(const float* x, int bits, const Digits& to) {
   return split_digits<int32_t, WIDTH>(x, bits, to);
 }
 
-void split_bytes_avx512(const uint8_t* bytes, int zero, int bits, const Digits& to) {
-  split_bytes<int32_t, WIDTH>(bytes, zero, bits, to);
+bool split_bytes_avx512(const uint8_t* bytes, int zero, int bits, const Digits& to) {
+  return split_bytes<int32_t, WIDTH>(bytes, zero, bits, to);
 }
 
 void dot_digits_avx512(const WeightRows& weights, const Digits* x, int64_t rows, float* sums) {
   const int bits = weights.bits;
+  const auto one = bits == 1 ? dot_pieces<1, 1> : bits == 2 ? dot_pieces<2, 1> : dot_pieces<4, 1>;
   const auto two = bits == 1 ? dot_pieces<1, 2> : bits == 2 ? dot_pieces<2, 2> : dot_pieces<4, 2>;
   const auto three = bits == 1 ? dot_pieces<1, 3> : bits == 2 ? dot_pieces<2, 3> : dot_pieces<4, 3>;
   const auto four = bits == 1 ? dot_pieces<1, 4> : bits == 2 ? dot_pieces<2, 4> : dot_pieces<4, 4>;
-  (x->count == 2 ? two : x->count == 3 ? three : four)(weights, x, rows, sums);
+  (x->count == 1 ? one : x->count == 2 ? two : x->count == 3 ? three : four)(weights, x, rows, sums);
 }
 
 void dot_avx512(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,

@@ -62,8 +62,12 @@ std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction do
   std::vector<int8_t> digits(groups * GROUP * 2);
   std::vector<uint8_t> corrections(groups * 3 * WIDEST);
   std::vector<float> scales(groups * 3), sums(CHANNELS);
-  const Digits to{digits.data(), corrections.data(), scales.data(), columns, 0, 2, 0};
-  split(bytes.data(), static_cast<int>(random.between(0, 128)), bits, to);
+  const int zero = static_cast<int>(random.between(0, 128));
+  Digits to{digits.data(), corrections.data(), scales.data(), columns, 0, 1, 0};
+  if (!split(bytes.data(), zero, bits, to)) {
+    to.count = 2;
+    split(bytes.data(), zero, bits, to);
+  }
   const uint8_t* weights[CHANNELS];
   for (int64_t c = 0; c < CHANNELS; ++c) weights[c] = packed.data() + c * row_bytes;
   dot({weights, nullptr, CHANNELS, row_bytes, bits}, &to, 1, sums.data());
