@@ -47,9 +47,12 @@ GEMV_GOALS = (
     Goal("int4 linear, 1 row, cold", "w4", "torch int4", 2.4, 3),
     Goal("int4 linear, 1 row, cold", "w4", "onnxruntime int4", 1.2, 1.4),
     Goal("int4 linear, 1 row, cold", "w4", "fp32"),
-    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "bf16"),
-    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "torch int4"),
-    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "onnxruntime int4"),
+    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "bf16", 8, 10.6),
+    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "torch int4", 2.4, 3),
+    Goal("int4 linear, 1 row, cold, float32 precision high", "w4 high", "onnxruntime int4", 1.2, 1.4),
+    Goal("int4 linear, 1 row, cold (a8)", "w4a8", "bf16", 8, 10.6),
+    Goal("int4 linear, 1 row, cold (a8)", "w4a8", "torch int4", 2.4, 3),
+    Goal("int4 linear, 1 row, cold (a8)", "w4a8", "onnxruntime int4", 1.2, 1.4),
 )
 GEMM_GOALS = (
     Goal("int4 linear, 32 to 256 rows (a8)", "w4a8", "bf16", 1.6, 2),
