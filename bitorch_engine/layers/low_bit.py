@@ -2,8 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +14,6 @@ from bitorch_engine.layers.qconv.function import QuantizedConvolution
 from bitorch_engine.parameters import PackedParameter
 from bitorch_engine.quantizers.activation import ActivationQuantizer
 from bitorch_engine.quantizers.weight import normal_scale
-
-_NO_PLANS: Mapping[tuple[Any, ...], ops.Plan] = MappingProxyType({})
 
 
 class LowBitLayer(nn.Module):
@@ -31,7 +28,7 @@ class LowBitLayer(nn.Module):
     parameter_class: ClassVar[type[PackedParameter]] = PackedParameter
     weight: Tensor
     activation: ActivationQuantizer | None
-    _plans: Mapping[tuple[Any, ...], ops.Plan] = _NO_PLANS
+    _plans: tuple[tuple[Callable[[Tensor], bool], tuple[int, ...], ops.Plan], ...] = ()  # the last one made is first
     _planned_weight: tuple[Tensor, int] | None = None
 
     def __init__(
@@ -114,31 +111,32 @@ class LowBitLayer(nn.Module):
     def planned(self, x: Tensor, output_padding: tuple[int, ...] = ()) -> Tensor | None:
         """The result where no gradient is recorded and the layer was called before with such an ``x``; else None. At
         small sizes looking things up takes longer than the kernel."""
-        if not ops.takes_short_way(x):
+        if not ops.unheard():
             return None
         state = self.__dict__  # an attribute of a module takes three times as long, one that is missing a microsecond
-        plan = state.get("_plans", _NO_PLANS).get((x.shape, x.stride(), x.dtype, output_padding))
-        if plan is None:
-            return None
-        parameters, activation = state["_parameters"], state["_modules"].get("activation")
-        weight = parameters.get("weight")
-        packed = getattr(weight, "packed", None)
-        y = None
-        if packed is not None:
-            sources = None if activation is None else activation.sources()
-            y = plan(x, sources, packed, weight.channel_scale, parameters.get("bias"))
-        if y is None:  # something was written or replaced
-            _forget_plans(self)
-        return y
+        for is_such, padding, plan in state.get("_plans", ()):
+            if not is_such(x) or padding != output_padding:
+                continue
+            parameters, activation = state["_parameters"], state["_modules"].get("activation")
+            weight = parameters.get("weight")
+            packed = getattr(weight, "packed", None)
+            y = None
+            if packed is not None:
+                sources = None if activation is None else activation.sources()
+                y = plan(x, sources, packed, weight.channel_scale, parameters.get("bias"))
+            if y is None:  # something was written or replaced
+                _forget_plans(self)
+            return y
+        return None
 
     def _remember(self, plan: ops.Plan | None, x: Tensor, packed: Tensor, output_padding: Sequence[int] = ()) -> None:
         """Keep a plan, and those that were made of the same weight: they hold it in a kernel's order."""
         if plan is not None:
             made_of = self._planned_weight
             same = made_of is not None and made_of[0] is packed and made_of[1] == packed._version
-            kept = dict(self._plans) if same and len(self._plans) < _MOST_PLANS else {}
-            kept[x.shape, x.stride(), x.dtype, tuple(output_padding)] = plan
-            self.__dict__["_plans"], self.__dict__["_planned_weight"] = kept, (packed, packed._version)
+            kept = self._plans[: _MOST_PLANS - 1] if same else ()
+            self.__dict__["_plans"] = ((ops.kind_of(x), tuple(output_padding), plan), *kept)
+            self.__dict__["_planned_weight"] = (packed, packed._version)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -247,7 +245,7 @@ def _forget_plans(layer: nn.Module) -> None:
 
 
 _MOST_PLANS = 64
-"""Shapes of input that a layer has plans for; with more, it makes them anew."""
+"""Kinds of input that a layer has plans for, those that came last."""
 
 
 def transposed_groups(layer: nn.Module) -> int:

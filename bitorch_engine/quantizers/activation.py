@@ -56,8 +56,8 @@ class ActivationQuantizer(nn.Module):
         buffers = state["_buffers"]
         log_gain, initial_scale, low = state["_parameters"]["log_gain"], buffers["initial_scale"], buffers["low"]
         places = (log_gain.data_ptr(), initial_scale.data_ptr(), low.data_ptr())
-        kept: tuple[Tensor, ...] = state.get("_sources", ())
-        if places == state.get("_places") and kept[0] is log_gain and kept[1] is initial_scale and kept[2] is low:
+        kept: tuple[Tensor, ...] = state["_sources"]
+        if places == state["_places"] and kept[0] is log_gain and kept[1] is initial_scale and kept[2] is low:
             return kept
         made = state["_sources"] = (log_gain, initial_scale, low)
         state["_places"] = places

@@ -114,6 +114,46 @@ def test_transforms_and_tracers_see_the_op(short_ways: list[str]) -> None:
     assert short_ways == []
 
 
+def test_a_kind_is_what_one_call_repeats_for() -> None:
+    x = torch.randn(2, 4, 5, 5)
+    seen: list[bool] = []
+    with torch.no_grad():
+        alike = library.kind_of(x)
+        assert alike(torch.randn(2, 4, 5, 5))
+        negative = torch._neg_view(x)
+        no_memory = torch._efficientzerotensor(x.shape)
+        others = [x[:1], x.mT, x.double(), x.to("meta"), x.to_sparse(), nn.Parameter(x), negative, no_memory]
+        assert [alike(other) for other in others] == [False] * len(others)
+        assert not alike(torch.empty(2, 4, 5, 5).contiguous(memory_format=torch.channels_last))
+        with torch.autocast("cpu"):
+            seen.append(alike(x))
+        with torch.inference_mode():
+            seen += [alike(x), alike(x.clone())]
+        with Heard():
+            seen.append(alike(x))
+        torch.vmap(lambda row: (seen.extend([alike(x), alike(row)]), row)[1])(torch.stack([x, x]))
+        torch.func.grad(lambda value: (seen.append(alike(x)), value.sum())[1])(x)
+        torch.func.functionalize(lambda value: (seen.append(alike(x)), value)[1])(x)
+    assert seen == [False] * 8
+
+
+@pytest.mark.parametrize("recorded", [torch.no_grad, torch.inference_mode])
+def test_who_listens_is_heard_by_a_layer_with_plans(recorded: Any) -> None:
+    module: Any = layer()
+    x = torch.randn(2, 4, 5, 5)
+    with recorded():
+        module(x)
+        expected = module(x)
+        assert module._plans
+        unheard = tuple((*kind, lambda *args: pytest.fail("planned")) for *kind, _ in module._plans)
+        module.__dict__["_plans"] = unheard
+        for mode in (Heard(), HeardFunctions(), torch.profiler.profile(), torch.autocast("cpu", enabled=True)):
+            with mode:
+                torch.testing.assert_close(module(x).float(), expected, rtol=2e-2, atol=2e-2)
+        torch.vmap(lambda scale: module(x) * scale)(torch.ones(3))
+        assert module._plans is unheard
+
+
 def test_export_and_compile_see_the_op() -> None:
     module, x = layer(), torch.randn(2, 4, 5, 5)
     graphs: list[str] = []

@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -170,8 +170,10 @@ def plan(
     if not _are_digits(bits, columns):
         return made
 
-    def at_this_precision(*now: Any) -> Tensor | None:
-        return made(*now) if _digits(torch.float32) == digits else None
+    def at_this_precision(
+        x: Tensor, sources: Sequence[Tensor] | None, packed: Tensor, channel_scale: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        return made(x, sources, packed, channel_scale, bias) if _digits(torch.float32) == digits else None
 
     return at_this_precision
 
@@ -253,10 +255,13 @@ def _digits(dtype: torch.dtype) -> int:
     return 2 if dtype is torch.bfloat16 else 3
 
 
+_precision: Callable[[], str] = torch._C._get_float32_matmul_precision
+
+
 def _wants_float32() -> bool:
     """Whether float32 products are to be as exact as float32."""
     try:
-        return torch.get_float32_matmul_precision() == "highest"
+        return _precision() == "highest"
     except RuntimeError:  # torch does not say where the precision was set for a backend
         return torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")  # type: ignore[attr-defined]
 
