@@ -35,7 +35,7 @@ STEP_GOALS = (Goal(f"GPU: training step, ResNet-50 w4a8g8, batch {BATCH}", "w4a8
 def contests() -> Iterator[Contest]:
     """Kernels, and a training step of a whole network."""
     yield from gpu.contests()
-    yield Contest("GPU network", f"training step, batch {BATCH}", STEP_GOALS, _steps, measure=gpu.medians)
+    yield Contest("GPU network", f"training step, batch {BATCH}", STEP_GOALS, _steps, measure=gpu.medians, trains=True)
 
 
 def measure(*, rounds: int = 30) -> dict[str, Any]:

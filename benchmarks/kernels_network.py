@@ -44,7 +44,7 @@ INFERENCE_GOALS = (
 
 def contests(batch: int) -> Iterator[Contest]:
     """batch: images of a training step."""
-    yield Contest("network", f"training step, batch {batch}", STEP_GOALS, partial(_steps, batch), 0)
+    yield Contest("network", f"training step, batch {batch}", STEP_GOALS, partial(_steps, batch), 0, trains=True)
     yield Contest("network", "inference, batch 1", INFERENCE_GOALS, _inferences, 0)
 
 

@@ -46,6 +46,18 @@ def test_a_contest_is_measured_by_its_own_clock() -> None:
     assert run(contest, rounds=1).seconds == {"ours": 3.0}
 
 
+def test_all_but_training_is_measured_in_inference_mode() -> None:
+    seen: list[bool] = []
+
+    def measure(functions: object, **how: object) -> dict[str, float]:
+        seen.append(torch.is_inference_mode_enabled())
+        return {}
+
+    for trains in (False, True):
+        run(Contest("conv", "a", [GOAL], dict, measure=measure, trains=trains), rounds=1)
+    assert seen == [True, False]
+
+
 def test_a_goal_without_a_peer_or_without_ours_is_left_out() -> None:
     assert verdicts([result("a", ours=1.0, fp32_x=1.0), result("b", int8_x=1.0)]) == []
 

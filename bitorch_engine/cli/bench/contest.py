@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bitorch_engine.cli.bench.timing import Function, medians
 
 
@@ -32,6 +34,8 @@ class Contest:
     prepare: Callable[[], dict[str, Function]]
     seconds: float = 0.004
     measure: Callable[..., dict[str, float]] = medians
+    trains: bool = False
+    """Whether it is a step of training; all else is measured in torch.inference_mode."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def run(contest: Contest, *, rounds: int) -> Result:
         functions = contest.prepare()
     except (RuntimeError, NotImplementedError, AttributeError) as error:  # an operator that this torch does not have
         return Result(contest.work, contest.shape, {}, contest.goals, f"{type(error).__name__}: {error}".split("\n")[0])
-    seconds = contest.measure(functions, rounds=rounds, seconds=contest.seconds)
+    with torch.inference_mode(not contest.trains):
+        seconds = contest.measure(functions, rounds=rounds, seconds=contest.seconds)
     return Result(contest.work, contest.shape, seconds, contest.goals)
 
 

@@ -81,7 +81,8 @@ def contests() -> Iterator[Contest]:
             goals = GEMV_GOALS if rows == 1 else GEMM_GOALS
             work = partial(_linears, rows, out_features, in_features)
             yield Contest("linear", name, goals, work, 0.02)
-    yield Contest("update", "2560 x 4096 weights", UPDATE_GOALS, partial(_updates, 2560, 4096), 0.02)
+    work = partial(_updates, 2560, 4096)
+    yield Contest("update", "2560 x 4096 weights", UPDATE_GOALS, work, 0.02, trains=True)
 
 
 def sizes() -> Iterator[Contest]:
@@ -99,8 +100,8 @@ def sizes() -> Iterator[Contest]:
             yield Contest("linear sizes", name, goals, work, 0.002)
     for features in (16, 64, 256, 1024):
         goals = [Goal("4-bit update", "memory=8bit", "AdamW")]
-        name = f"{features} x {features} weights"
-        yield Contest("update sizes", name, goals, partial(_updates, features, features), 0.002)
+        name, work = f"{features} x {features} weights", partial(_updates, features, features)
+        yield Contest("update sizes", name, goals, work, 0.002, trains=True)
 
 
 def _convs(shape: ConvShape, widths: tuple[tuple[int, int | None], ...]) -> dict[str, Function]:
@@ -155,13 +156,7 @@ def _updates(*shape: int) -> dict[str, Function]:
 
 
 def inference(module: nn.Module, x: Tensor) -> Function:
-    """The module's forward without autograd. It sees the input once in training, which sets its activation scales."""
+    """A call of the module, which sees the input once in training: that sets its activation scales."""
     with torch.no_grad():
         module.train()(x)
-    module.eval()
-
-    def call() -> object:
-        with torch.inference_mode():
-            return module(x)
-
-    return call
+    return partial(module.eval(), x)

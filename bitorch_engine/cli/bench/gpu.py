@@ -78,7 +78,7 @@ def contests() -> Iterator[Contest]:
         yield Contest("GPU linear", name, LINEAR_GOALS, partial(_linears, out_features, in_features), measure=medians)
     for memory in ("8bit", "bf16", "channel"):
         name = f"{WEIGHTS[0]} x {WEIGHTS[1]} weights, memory={memory}"
-        yield Contest("GPU update", name, UPDATE_GOALS, partial(_updates, memory), measure=medians)
+        yield Contest("GPU update", name, UPDATE_GOALS, partial(_updates, memory), measure=medians, trains=True)
 
 
 def _convs(shape: ConvShape) -> dict[str, Function]:
