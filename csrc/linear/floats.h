@@ -9,9 +9,9 @@ namespace {
 using AddFunction = void (*)(const uint8_t* index, int64_t start, int64_t count, int bits, const float* scales,
                              int64_t group, const float* const* x, float* sums);
 
-// one, two, four: of so many rows; two and four may be null.
-inline void add_up(AddFunction one, AddFunction two, AddFunction four, const uint8_t* packed, int64_t count, int bits,
-                   const float* scales, int64_t group, const float* const* x, int64_t rows, float* sums) {
+// Of one row of weights. one, two, four: of so many rows; two and four may be null.
+inline void add_up_row(AddFunction one, AddFunction two, AddFunction four, const uint8_t* packed, int64_t count,
+                       int bits, const float* scales, int64_t group, const float* const* x, int64_t rows, float* sums) {
   constexpr int64_t DECODED = 2048;
   const auto unpack = unpack_kernel.pick();
   uint8_t decoded[DECODED];
@@ -27,6 +27,16 @@ inline void add_up(AddFunction one, AddFunction two, AddFunction four, const uin
       many = four && rows - r >= 4 ? 4 : two && rows - r >= 2 ? 2 : 1;
       (many == 4 ? four : many == 2 ? two : one)(index, start, some, bits, scales, group, x + r, sums + r);
     }
+  }
+}
+
+inline void add_up(AddFunction one, AddFunction two, AddFunction four, const WeightRows& weights, int64_t columns,
+                   int64_t group, const float* const* x, int64_t rows, float* sums) {
+  for (int64_t c = 0; c < weights.count; ++c) {
+    float of_row[MOST_ROWS];
+    add_up_row(one, two, four, weights.packed[c], columns, weights.bits, weights.scales ? weights.scales[c] : nullptr,
+               group, x, rows, of_row);
+    for (int64_t r = 0; r < rows; ++r) sums[r * weights.count + c] = of_row[r];
   }
 }
 

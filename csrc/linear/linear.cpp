@@ -69,11 +69,12 @@ struct DigitRows {
   }
 };
 
-// Channels first .. last - 1 of all rows of activations in `x`, row r to out[r].
-void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const std::vector<float*>& out,
-                     int64_t first, int64_t last) {
-  const auto dot = dot_digits_kernel.pick();
-  const int64_t rows = static_cast<int64_t>(x.size());
+// Channels first .. last - 1 of all rows of results. dot(weights, r, sums): multiplies some weights and the activations
+// of at most MOST_ROWS rows from r, and returns how many.
+template <class Dot>
+void multiply_channels(const Weights& weights, const std::vector<float*>& out, int64_t first, int64_t last,
+                       const Dot& dot) {
+  const int64_t rows = static_cast<int64_t>(out.size());
   // Channels come from four parts in turn: processors fetch four streams faster than one.
   constexpr int64_t parts = CHANNELS;
   const int64_t part = (last - first + parts - 1) / parts;
@@ -89,16 +90,37 @@ void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const
       packed[i] = weights.row(std::min(channel[i], last - 1));
       scales[i] = weights.scales(std::min(channel[i], last - 1));
     }
-    const WeightRows some{packed, weights.group ? scales : nullptr, count, weights.row_bytes(), weights.bits};
-    for (int64_t r = 0, some_rows; r < rows; r += some_rows) {
-      some_rows = 1;  // of as many digits
-      while (some_rows < std::min(MOST_ROWS, rows - r) && x[r + some_rows].count == x[r].count) ++some_rows;
-      dot(some, x.data() + r, some_rows, sums);
-      for (int64_t k = 0; k < some_rows; ++k)
+    const WeightRows some{packed,       weights.group ? scales : nullptr, count, weights.row_bytes(),
+                          weights.bits, weights.row(weights.channels)};
+    for (int64_t r = 0, done; r < rows; r += done) {
+      done = dot(some, r, sums);
+      for (int64_t k = 0; k < done; ++k)
         for (int64_t i = 0; i < count; ++i)
           if (channel[i] < last) weights.put(sums[k * count + i], channel[i], out[r + k]);
     }
   }
+}
+
+void multiply_digits(const Weights& weights, const std::vector<Digits>& x, const std::vector<float*>& out,
+                     int64_t first, int64_t last) {
+  const auto dot = dot_digits_kernel.pick();
+  multiply_channels(weights, out, first, last, [&](const WeightRows& some, int64_t r, float* sums) {
+    const int64_t most = std::min(MOST_ROWS, static_cast<int64_t>(x.size()) - r);
+    int64_t rows = 1;  // of as many digits
+    while (rows < most && x[r + rows].count == x[r].count) ++rows;
+    dot(some, x.data() + r, rows, sums);
+    return rows;
+  });
+}
+
+void multiply_floats(const Weights& weights, const std::vector<const float*>& x, const std::vector<float*>& out,
+                     int64_t first, int64_t last) {
+  const auto dot = dot_kernel.pick();
+  multiply_channels(weights, out, first, last, [&](const WeightRows& some, int64_t r, float* sums) {
+    const int64_t rows = std::min(MOST_ROWS, static_cast<int64_t>(x.size()) - r);
+    dot(some, weights.columns, weights.group, x.data() + r, rows, sums);
+    return rows;
+  });
 }
 
 // x: (rows, columns), as `count` digits, or one more where a few are far larger.  out: (rows, channels).  left: as of
@@ -128,18 +150,9 @@ int64_t multiply(const Weights& weights, const float* x, int64_t rows, int count
     }
     if (left) left[r] = !is_exact;
   }
-  const auto dot = dot_kernel.pick();
   parallel_for(weights.channels, 1 + WEIGHTS / (weights.columns + 1), threads, [&](int64_t first, int64_t last) {
     if (!exact.empty()) multiply_digits(weights, exact, exact_out, first, last);
-    const int64_t count = left ? 0 : static_cast<int64_t>(others.size());
-    float sums[MOST_ROWS];
-    for (int64_t c = first; c < last; ++c)
-      for (int64_t r = 0; r < count; r += MOST_ROWS) {
-        const int64_t some = std::min(MOST_ROWS, count - r);
-        dot(weights.row(c), weights.columns, weights.bits, weights.scales(c), weights.group, others.data() + r, some,
-            sums);
-        for (int64_t k = 0; k < some; ++k) weights.put(sums[k], c, others_out[r + k]);
-      }
+    if (!others.empty() && !left) multiply_floats(weights, others, others_out, first, last);
   });
   return static_cast<int64_t>(others.size());
 }

@@ -9,7 +9,7 @@
 // and the others then have fewer digits than they need. Activations with such values get one digit more. Sums of
 // code * digit are exact; a sum of a group becomes float, once for each digit, and is multiplied by s. Without the low
 // digit, with 16 bits, it takes three quarters of the time.
-// The other widths are unpacked, and multiplied as floats, and so are activations whose digits would not be exact.
+// Weights of the other widths become floats, and so do all where the digits of activations would not be exact.
 #pragma once
 
 #include <cstdint>
@@ -65,23 +65,24 @@ struct WeightRows {
   const float* const* scales;
   int64_t count, row_bytes;  // count: a multiple of CHANNELS
   int bits;
+  const uint8_t* end;  // of the memory that may be read
 };
 
 // sums[r * count + c] = sum over k of weight[c][k] * x[r][k], for at most MOST_CHANNELS weights and MOST_ROWS of x.
 constexpr int64_t MOST_CHANNELS = 32, MOST_ROWS = 8;
 using DotDigitsFunction = void (*)(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);
 
-// sums[r] = sum over k of weight[k] * x[r][k] for at most MOST_ROWS of x. The weights are a packed stream of `bits`
-// bits each, count a multiple of 8, times the scale of their group: group as in Digits; with 0 there are no scales.
-using DotFunction = void (*)(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,
-                             const float* const* x, int64_t rows, float* sums);
+// The same of floats and weights of any width, times the scale of their group: group as in Digits; with 0 there are no
+// scales. columns: a multiple of 8.
+using DotFunction = void (*)(const WeightRows& weights, int64_t columns, int64_t group, const float* const* x,
+                             int64_t rows, float* sums);
 
 #define BE_LINEAR(isa)                                                                                         \
   bool split_digits_##isa(const float* x, int bits, const Digits& to);                                         \
   bool split_bytes_##isa(const uint8_t* bytes, int zero, int bits, const Digits& to);                          \
   void dot_digits_##isa(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);                \
-  void dot_##isa(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,            \
-                 const float* const* x, int64_t rows, float* sums);
+  void dot_##isa(const WeightRows& weights, int64_t columns, int64_t group, const float* const* x, int64_t rows, \
+                 float* sums);
 BE_LINEAR(scalar)
 BE_LINEAR(avx2)
 BE_LINEAR(avx512)

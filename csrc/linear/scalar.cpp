@@ -63,9 +63,9 @@ void dot_digits_scalar(const WeightRows& weights, const Digits* x, int64_t rows,
     }
 }
 
-void dot_scalar(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,
-                const float* const* x, int64_t rows, float* sums) {
-  add_up(add_floats, nullptr, nullptr, packed, count, bits, scales, group, x, rows, sums);
+void dot_scalar(const WeightRows& weights, int64_t columns, int64_t group, const float* const* x, int64_t rows,
+                float* sums) {
+  add_up(add_floats, nullptr, nullptr, weights, columns, group, x, rows, sums);
 }
 
 }  // namespace bitorch_engine

@@ -1,7 +1,6 @@
 #include <immintrin.h>
 
 #include "linear/digits.h"
-#include "linear/floats.h"
 #include "linear/linear.h"
 #include "qconv/qconv.h"
 
@@ -143,42 +142,119 @@ void multiply_fours(const WeightRows& weights, const Digits& x, float* sums) {
   }
 }
 
-inline __m256 floats(const uint8_t* index, __m256 steps, __m256 lows) {
-  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(index));
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)), steps, lows);
+// Where 16 packed values are in 16 bytes, and how they become floats without a conversion: a value stays in those of its
+// bits where it lies, `offset` bits up in two bytes, as the fraction of a float whose exponent is less by so much, which
+// then is 2**(23 - offset) + value.
+struct alignas(32) Positions {
+  uint8_t bytes[32];      // two that hold the value; words lie so that they unpack in order
+  uint16_t masks[16];     // the bits of the value in them
+  uint16_t exponents[16]; // upper halves of the floats
+  float lows[8];          // what the float of the code 0 is
+
+  constexpr explicit Positions(int bits) : bytes(), masks(), exponents(), lows() {
+    for (int word = 0; word < 16; ++word) {
+      const int column = word / 8 * 4 + word % 8 + word % 8 / 4 * 4, byte = column * bits / 8;
+      // Of 1 bit twice the value is the fraction: there a byte is the upper one of two, so that the float has bits for 1.
+      const int offset = column * bits % 8 + (bits == 1 ? 8 : 0), exponent = 23 - offset + (bits == 1);
+      bytes[2 * word] = static_cast<uint8_t>(bits == 1 ? 0x80 : byte);
+      bytes[2 * word + 1] = static_cast<uint8_t>(bits == 1 ? byte : byte < 15 ? byte + 1 : 0x80);
+      masks[word] = static_cast<uint16_t>(((1 << bits) - 1) << offset);
+      exponents[word] = static_cast<uint16_t>((127 + exponent) << 7);
+      lows[column % 8] = static_cast<float>((1 << exponent) - lowest_code(bits));
+    }
+  }
+};
+constexpr Positions POSITIONS[8] = {Positions(1), Positions(2), Positions(3), Positions(4),
+                                    Positions(5), Positions(6), Positions(7), Positions(8)};
+
+// 16 columns each: so many from number `first` of C rows of weights and R of floats, which begin with that one. `piece`
+// have one scale.
+struct Run {
+  const uint8_t* const* weights;
+  const float* const* scales;  // or null
+  const float* const* x;
+  int bits;
+  int64_t first, count, piece;
+};
+
+// Adds the products to totals[c * R + r].
+template <int C, int R>
+__attribute__((noinline)) void add_blocks(const Run& run, __m256* totals) {
+  const Positions& at = POSITIONS[run.bits - 1];
+  const __m256i bytes = load(at.bytes), masks = load(at.masks), exponents = load(at.exponents);
+  const __m256 lows = _mm256_load_ps(at.lows);
+  const uint8_t* from[C];
+  const float* x[R];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) from[c] = run.weights[c];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) x[r] = run.x[r];
+  const int64_t stride = 2 * run.bits;
+  for (int64_t block = run.first, end = block + run.count; block < end;) {
+    const int64_t group = block / run.piece, next = (group + 1) * run.piece < end ? (group + 1) * run.piece : end;
+    __m256 low[C][R], high[C][R];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) low[c][r] = high[c][r] = _mm256_setzero_ps();
+#pragma GCC unroll 1
+    for (; block < next; ++block) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[c]));
+        const __m256i words = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), bytes), masks);
+        const __m256 w0 = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(words, exponents)), lows);
+        const __m256 w1 = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(words, exponents)), lows);
+        from[c] += stride;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          low[c][r] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x[r]), low[c][r]);
+          high[c][r] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x[r] + 8), high[c][r]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] += 16;
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const __m256 scale = run.scales ? _mm256_broadcast_ss(run.scales[c] + group) : _mm256_set1_ps(1);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m256 sum = _mm256_add_ps(low[c][r], high[c][r]);
+        totals[c * R + r] = _mm256_fmadd_ps(sum, scale, totals[c * R + r]);
+      }
+    }
+  }
 }
 
-// AddFunction of ROWS rows.
-template <int ROWS>
-void add_floats(const uint8_t* index, int64_t start, int64_t count, int bits, const float* scales, int64_t group,
-                const float* const* x, float* sums) {
-  constexpr int SUMS = ROWS == 1 ? 4 : 2;  // of a row, so that additions need not wait for each other
-  const float low = static_cast<float>(lowest_code(bits)), step = bits == 1 ? 2.0f : 1.0f;
-  __m256 sum[ROWS][SUMS] = {};
-  for (int64_t from = 0, some; from < count; from += some) {
-    some = group && group < count ? group : count;  // with one scale
-    const float scale = group ? scales[(start + from) / group] : 1.0f;
-    // Exact but for one rounding: the lowest code is a power of two.
-    const __m256 steps = _mm256_set1_ps(scale * step), lows = _mm256_set1_ps(scale * low);
-    int64_t k = from;
-    for (; k + 32 <= from + some; k += 32)
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const __m256 weights = floats(index + k + 8 * q, steps, lows);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r)
-          sum[r][q % SUMS] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x[r] + start + k + 8 * q), sum[r][q % SUMS]);
-      }
-    for (; k < from + some; k += 8)
-      for (int r = 0; r < ROWS; ++r)
-        sum[r][0] = _mm256_fmadd_ps(floats(index + k, steps, lows), _mm256_loadu_ps(x[r] + start + k), sum[r][0]);
+// C rows of weights from number `first`, R of floats.
+template <int C, int R>
+void multiply_floats(const WeightRows& weights, int64_t first, int64_t columns, int64_t group, const float* const* x,
+                     float* sums) {
+  constexpr int64_t MOST = 144;  // columns that are in 15 bytes, those of half a block, and what fills it up
+  const int bits = weights.bits;
+  const uint8_t* const* packed = weights.packed + first;
+  const float* const* scales = group ? weights.scales + first : nullptr;
+  const int64_t piece = (group ? group : columns + 16) / 16;
+  int64_t whole = columns / 16;
+  for (int c = 0; c < C; ++c)
+    while (whole > 0 && packed[c] + 2 * bits * (whole - 1) + 16 > weights.end) --whole;
+  __m256 totals[C * R] = {};
+  add_blocks<C, R>({packed, scales, x, bits, 0, whole, piece}, totals);
+  const int64_t rest = columns - 16 * whole;
+  if (rest > 0) {  // from copies, with zeros behind
+    uint8_t last[C][MOST + 16] = {};
+    float last_x[R][MOST] = {};
+    const uint8_t* from[C];
+    const float* by[R];
+    for (int c = 0; c < C; ++c)
+      from[c] = static_cast<uint8_t*>(__builtin_memcpy(last[c], packed[c] + 2 * bits * whole, rest / 8 * bits));
+    for (int r = 0; r < R; ++r)
+      by[r] = static_cast<float*>(__builtin_memcpy(last_x[r], x[r] + 16 * whole, rest * sizeof(float)));
+    add_blocks<C, R>({from, scales, by, bits, whole, (rest + 15) / 16, piece}, totals);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) {
-    __m256 all = _mm256_add_ps(sum[r][0], sum[r][1]);
-    if (SUMS == 4) all = _mm256_add_ps(all, _mm256_add_ps(sum[r][SUMS - 2], sum[r][SUMS - 1]));
-    sums[r] += sum_of(all);
-  }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) sums[r * weights.count + first + c] = sum_of(totals[c * R + r]);
 }
 
 }  // namespace
@@ -199,9 +275,16 @@ void dot_digits_avx2(const WeightRows& weights, const Digits* x, int64_t rows, f
   for (int64_t r = 0; r < rows; ++r) dot(weights, x[r], sums + r * weights.count);
 }
 
-void dot_avx2(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,
-              const float* const* x, int64_t rows, float* sums) {
-  add_up(add_floats<1>, add_floats<2>, add_floats<4>, packed, count, bits, scales, group, x, rows, sums);
+void dot_avx2(const WeightRows& weights, int64_t columns, int64_t group, const float* const* x, int64_t rows,
+              float* sums) {
+  const auto of_rows = [&](auto multiply, int tile, int64_t r) {
+    float* of_r = sums + r * weights.count;
+    for (int64_t c = 0; c < weights.count; c += tile) multiply(weights, c, columns, group, x + r, of_r);
+  };
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) of_rows(multiply_floats<2, 4>, 2, r);
+  for (; r + 2 <= rows; r += 2) of_rows(multiply_floats<2, 2>, 2, r);
+  for (; r < rows; ++r) of_rows(multiply_floats<4, 1>, 4, r);
 }
 
 }  // namespace bitorch_engine

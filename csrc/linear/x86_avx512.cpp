@@ -189,9 +189,9 @@ void dot_digits_avx512(const WeightRows& weights, const Digits* x, int64_t rows,
   (x->count == 1 ? one : x->count == 2 ? two : x->count == 3 ? three : four)(weights, x, rows, sums);
 }
 
-void dot_avx512(const uint8_t* packed, int64_t count, int bits, const float* scales, int64_t group,
-                const float* const* x, int64_t rows, float* sums) {
-  add_up(add_floats<1>, add_floats<2>, add_floats<4>, packed, count, bits, scales, group, x, rows, sums);
+void dot_avx512(const WeightRows& weights, int64_t columns, int64_t group, const float* const* x, int64_t rows,
+                float* sums) {
+  add_up(add_floats<1>, add_floats<2>, add_floats<4>, weights, columns, group, x, rows, sums);
 }
 
 }  // namespace bitorch_engine

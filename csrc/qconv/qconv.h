@@ -11,7 +11,7 @@
 namespace bitorch_engine {
 
 // The signed code of index 0; at 1 bit the codes are -1 and +1.
-static inline int lowest_code(int bits) { return bits == 1 ? -1 : -(1 << (bits - 1)); }
+static constexpr int lowest_code(int bits) { return bits == 1 ? -1 : -(1 << (bits - 1)); }
 
 struct Results;
 

@@ -40,7 +40,7 @@ std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Ran
     weights.push_back(packed.data() + c * row_bytes);
     scales_of.push_back(weight_scales.data() + c * scale_count);
   }
-  dot({weights.data(), group ? scales_of.data() : nullptr, channels, row_bytes, bits}, to.data(), rows, sums.data());
+  dot({weights.data(), group ? scales_of.data() : nullptr, channels, row_bytes, bits, nullptr}, to.data(), rows, sums.data());
   float largest = group ? 0 : 1;
   for (float scale : weight_scales) largest = std::max(largest, std::fabs(scale));
   std::vector<Near> found;
@@ -70,7 +70,7 @@ std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction do
   }
   const uint8_t* weights[CHANNELS];
   for (int64_t c = 0; c < CHANNELS; ++c) weights[c] = packed.data() + c * row_bytes;
-  dot({weights, nullptr, CHANNELS, row_bytes, bits}, &to, 1, sums.data());
+  dot({weights, nullptr, CHANNELS, row_bytes, bits, nullptr}, &to, 1, sums.data());
   return sums;
 }
 
@@ -89,20 +89,31 @@ void check_linear(Agreement& agreement) {
   agreement.check(dot_kernel, 200, [](DotFunction dot, Random& random) {
     const int bits = static_cast<int>(random.between(1, 8));
     const int64_t group = random.between(0, 1) << random.between(5, 10), rows = random.between(1, MOST_ROWS);
-    const int64_t count = group ? group * random.between(1, 4) : 8 * random.between(0, 200);
-    const std::vector<uint8_t> packed = random.bytes(count / 8 * bits);
-    const std::vector<float> x = random.numbers(rows * count, 1), scales = random.numbers(group ? count / group : 0, 1);
-    std::vector<const float*> of_row;
-    for (int64_t r = 0; r < rows; ++r) of_row.push_back(x.data() + r * count);
-    float sums[MOST_ROWS];
-    dot(packed.data(), count, bits, scales.data(), group, of_row.data(), rows, sums);
-    std::vector<Near> found;
-    for (int64_t r = 0; r < rows; ++r) {
-      double sizes = 0;
-      for (int64_t k = 0; k < count; ++k)
-        sizes += std::fabs(x[r * count + k] * (group ? scales[k / group] : 1)) * (1 << (bits - 1));
-      found.push_back({sums[r], sizes * 0x1p-21});
+    const int64_t columns = group ? group * random.between(1, 4) : 8 * random.between(0, 200);
+    const int64_t row_bytes = columns / 8 * bits;
+    const std::vector<uint8_t> packed = random.bytes(CHANNELS * row_bytes);
+    const int64_t groups = group ? columns / group : 0;
+    const std::vector<float> x = random.numbers(rows * columns, 1), scales = random.numbers(CHANNELS * groups, 1);
+    const uint8_t* weights[CHANNELS];
+    const float* scales_of[CHANNELS];
+    for (int64_t c = 0; c < CHANNELS; ++c) {
+      weights[c] = packed.data() + c * row_bytes;
+      scales_of[c] = scales.data() + c * groups;
     }
+    std::vector<const float*> of_row;
+    for (int64_t r = 0; r < rows; ++r) of_row.push_back(x.data() + r * columns);
+    float sums[MOST_ROWS * CHANNELS];
+    const uint8_t* end = packed.data() + packed.size();
+    const WeightRows all{weights, group ? scales_of : nullptr, CHANNELS, row_bytes, bits, end};
+    dot(all, columns, group, of_row.data(), rows, sums);
+    std::vector<Near> found;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < CHANNELS; ++c) {
+        double sizes = 0;
+        for (int64_t k = 0; k < columns; ++k)
+          sizes += std::fabs(x[r * columns + k] * (group ? scales_of[c][k / group] : 1)) * (1 << (bits - 1));
+        found.push_back({sums[r * CHANNELS + c], sizes * 0x1p-21});
+      }
     return found;
   });
 }

@@ -24,8 +24,9 @@ _linear_digits = function(
 _planned = planned("be_linear_planned")
 _codes = planned("be_linear_codes")
 
-_FEW = 16
-"""Rows of activations up to which products of codes as they are read are faster than a float matrix product."""
+_FEW = {"avx2": 32}
+"""Rows of activations up to which products of codes as they are read are faster than a float matrix product; 16 with
+other instruction sets."""
 
 _DIGIT_ROWS = {"avx2": 64, "avx512": 64, "amx": 64}
 """Rows of float32 up to which products of bytes are faster, where activations are digits (csrc/linear/linear.h)."""
@@ -238,7 +239,7 @@ def _by_digits(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias
 
 def _suits(few: int, bits: int, columns: int) -> bool:
     """Whether there are few rows of activations, and each row of codes has whole bytes."""
-    return 0 < few <= _FEW and columns * bits % 8 == 0 == columns % 8
+    return 0 < few <= _FEW.get(current_isa(), 16) and columns * bits % 8 == 0 == columns % 8
 
 
 def _are_digits(bits: int, columns: int) -> bool:
