@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitorch_engine.checkpoint.format import CheckpointError, dtype_name
 from bitorch_engine.checkpoint.stored_model import StoredModel, WeightSettings, identity, refuse_without_values
+from bitorch_engine.convert.replaced import replace_
 from bitorch_engine.convert.swap import LOW_BIT, use_layers_, why_not
 from bitorch_engine.layers.low_bit import transposed_groups
 from bitorch_engine.parameters import PackedParameter
@@ -28,8 +29,8 @@ class Fit:
     def apply_(self, model: nn.Module) -> None:
         """Change the model."""
         made: dict[int, nn.Parameter] = {}
-        for layer, name, settings in self.conversions:
-            old = layer.weight
+        olds = [layer.weight for layer, _, _ in self.conversions]
+        for (layer, name, settings), old in zip(self.conversions, olds, strict=True):
             assert isinstance(old, nn.Parameter)
             low_bit = LOW_BIT[type(layer)]
             if id(old) not in made:  # a weight that layers share stays shared
@@ -43,6 +44,8 @@ class Fit:
         state = model.state_dict()
         state.update({name: self.stored[name] for name in state.keys() & self.stored.names})
         model.load_state_dict(state)
+        for old in olds:  # last: what went wrong before is undone, and the model has them again
+            replace_(old)  # type: ignore[arg-type]
 
 
 def fit(model: nn.Module, stored: StoredModel, *, training: bool, strict: bool = True) -> Fit:

@@ -95,7 +95,8 @@ def quantize_(
     layers and all else are untouched. Modules stay the same objects (hooks, references and names stay valid); a weight
     that is shared stays shared, and stays float where one of those who share it cannot be converted (an embedding).
     A layer that is low-bit already keeps its bits, whatever is asked for now; the report says so. To change them, load
-    the float model again. Make the optimizer afterwards: weights are new parameters.
+    the float model again. Make the optimizer afterwards: weights are new parameters, and one that holds the old ones
+    raises RuntimeError when it is used.
 
     w_bit, a_bit, g_bit, learn_scale: as for ``nBitConv2d`` and ``nBitLinear``.
     skip: names, or patterns such as ``"layer4.*"`` (fnmatch), of modules to leave as they are.

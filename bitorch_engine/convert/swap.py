@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from bitorch_engine.convert.replaced import replace_
 from bitorch_engine.layers.low_bit import LowBitLayer
 from bitorch_engine.layers.qconv.nbit import (
     nBitConv1d,
@@ -57,19 +58,21 @@ def convert_layer_(
     """Turn one torch.nn convolution or linear layer into its low-bit layer, in place: it stays the same object.
 
     Weights are quantized; bias, hooks, training mode and whoever refers to the module are as before. Make optimizers
-    afterwards: the weight is a new parameter. Raises TypeError for a module that has no low-bit layer.
+    afterwards: the weight is a new parameter, and the old one raises where its gradient is asked for. Raises TypeError
+    for a module that has no low-bit layer.
     """
     reason = why_not(module)
     if reason is not None:
         raise TypeError(f"{type(module).__name__} cannot be converted: it {reason}.")
     low_bit = LOW_BIT[type(module)]
-    float_class = type(module)
+    float_class, weight = type(module), module.weight
     module.__class__ = low_bit
     try:
         module.quantize_(w_bit, a_bit, g_bit, learn_scale=learn_scale)  # type: ignore[operator]
     except Exception:
         module.__class__ = float_class
         raise
+    replace_(weight)  # type: ignore[arg-type]
 
 
 def use_layers_(model: nn.Module) -> None:

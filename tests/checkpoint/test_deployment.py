@@ -443,11 +443,22 @@ def test_a_module_that_fails_half_way_leaves_no_half(
     save(network(), tmp_path / "m")
     model = network(seed=1, quantized=quantized)
     model[7] = Refusing(216, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     untouched(
         model, tmp_path / "m", r"the model does not take it \(RuntimeError: not today\); build the model", bits_of
     )
+    optimizer.zero_grad()
     model[7] = nn.Linear(216, 5)
     load(model, tmp_path / "m")
+
+
+def test_an_optimizer_of_the_float_model_is_told_that_its_weights_are_others(tmp_path: Path, network: Network) -> None:
+    save(network(), tmp_path / "m")
+    model = network(seed=1, quantized=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    load(model, tmp_path / "m")
+    with pytest.raises(RuntimeError, match="make the optimizer after quantize_ or load"):
+        optimizer.step()
 
 
 @given(data=st.data())

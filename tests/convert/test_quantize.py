@@ -159,6 +159,31 @@ def test_convert_layer_refuses_what_has_no_low_bit_layer():
         convert_layer_(nn.Embedding(2, 2))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, be.optim.DiodeMix])
+def test_an_optimizer_made_before_is_told_of_it(kind):
+    net = make_net()
+    old, optimizer = net[0].weight, kind(net.parameters(), lr=0.1)
+    kept = old.detach().clone()
+    be.quantize_(net)
+    net(torch.randn(2, 3, 6, 6)).sum().backward()
+    for use in (optimizer.step, optimizer.zero_grad):
+        with pytest.raises(RuntimeError, match="make the optimizer after quantize_ or load"):
+            use()
+    assert torch.equal(old, kept)
+    assert type(old + 1) is torch.Tensor
+    kind(net.parameters(), lr=0.1).step()
+
+
+def test_a_weight_that_stays_float_stays_with_its_optimizer():
+    net = make_net()
+    optimizer = torch.optim.SGD([net[4].weight, net[0].bias], lr=0.1)
+    be.quantize_(net, skip="4")
+    before = net[4].weight.detach().clone()
+    net(torch.randn(2, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[4].weight, before)
+
+
 def test_a_deep_copy_is_independent():
     import copy
 
