@@ -131,6 +131,8 @@ class nBitConv2d(_Forward, nn.Conv2d):
     a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float.
     g_bit: bits of the gradient on its way into the two backward convolutions, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
+
+    The result has the dtype of the input, whatever that of the parameters, where torch.nn refuses one that differs.
     """
 
 

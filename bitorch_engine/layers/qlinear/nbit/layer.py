@@ -29,6 +29,8 @@ class nBitLinear(LowBitLayer, nn.Linear):
     g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
 
+    The result has the dtype of the input, whatever that of the parameters, where torch.nn refuses one that differs.
+
     On a CPU, few rows of a float input meet weights of 1, 2 and 4 bits without becoming floats, in training too:
     as exactly as torch multiplies float32, or faster with 16 bits of each activation, off by 3e-5 of the result's size,
     where ``torch.set_float32_matmul_precision`` is "high" or "medium", or the input is bfloat16.
