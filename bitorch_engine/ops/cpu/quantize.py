@@ -132,8 +132,9 @@ def quantize_gradient(
 
 def _in_order(x: Tensor) -> tuple[Tensor, bool]:
     """The values with no gaps between them, and whether they are in channels-last order."""
-    channels_last = is_channels_last(x)
-    return (x if channels_last else x.contiguous()), channels_last
+    if is_channels_last(x):
+        return x.movedim(1, -1).contiguous().movedim(-1, 1), True
+    return x.contiguous(), False
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

@@ -7,8 +7,20 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the values of (N, C, *spatial) lie in memory in channels-last order, not in the order of the shape."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    """Whether the values of (N, C, *spatial) lie in memory in channels-last order, not in the order of the shape.
+
+    There may be gaps between them, as in some of the channels or pixels of a larger tensor: torch's convolutions see
+    the same order in these, and give it to their results.
+    """
+    if x.dim() < 3 or x.is_contiguous() or x.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), *([0] if x.shape[0] > 1 else [])):
+        stride = x.stride(dim)
+        if stride < least:
+            return False
+        least = stride * x.shape[dim]
+    return True
 
 
 def channels_last_shape(shape: Sequence[int]) -> list[int]:

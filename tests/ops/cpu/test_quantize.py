@@ -107,6 +107,19 @@ def test_the_ops_pass_opcheck() -> None:
         torch.library.opcheck(getattr(torch.ops.bitorch_engine, name).default, arguments)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_parts_of_a_larger_tensor(last: bool) -> None:
+    x, scale, low = values((4, 40, 5, 7), torch.float32, last)[::2, 3:36, 1:], torch.tensor(0.1), torch.tensor(-8.0)
+    seed = torch.tensor(3, dtype=torch.int32)
+    codes, beyond, _ = ops.quantize_activation(x, scale, low, 4)
+    wanted = activation.quantize_activation(x, scale, low, 4)
+    assert torch.equal(codes, wanted[0]) and torch.equal(beyond, wanted[1])
+    rounded, wanted_rounded = (o.quantize_gradient(x, None, 8, 1, seed)[0] for o in (ops, gradient))
+    assert torch.equal(rounded, wanted_rounded)
+    grad, wanted_grad = (o.activation_grads(x, codes, beyond, low, 4)[0] for o in (ops, activation))
+    assert torch.equal(grad, wanted_grad) and grad.stride() == wanted_grad.stride()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same(threads: int) -> None:
     x, seed = torch.randn(4, 32, 40, 40), torch.tensor(5, dtype=torch.int32)

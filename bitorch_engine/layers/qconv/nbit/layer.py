@@ -43,7 +43,8 @@ class nBitConv(LowBitLayer, nn.modules.conv._ConvNd):
         check_floats(x)
         weight, bias = self.weight.to(x.dtype), self.bias
         if isinstance(weight, PackedParameter) and not torch.is_grad_enabled():
-            weight = weight.dequantize(channels_last=ops.is_channels_last(x))
+            # Circular padding makes a new input, in the order of the shape.
+            weight = weight.dequantize(channels_last=self.padding_mode != "circular" and ops.is_channels_last(x))
         return weight, None if bias is None else bias.to(x.dtype)
 
     def _geometry(

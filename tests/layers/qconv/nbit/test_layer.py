@@ -279,6 +279,26 @@ class TestAgreesWithTorch:
         grad = signs_like(layer(x))
         assert_near(measured(layer, x, grad.contiguous(memory_format=form)), reference(layer, x, grad))
 
+    @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "not-recorded"])
+    @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
+    @pytest.mark.parametrize(
+        "bits", [{}, {"a_bit": 8}, {"w_bit": 1, "a_bit": 1}, {"g_bit": 8}, {"a_bit": 8, "g_bit": 8}], ids=str
+    )
+    def test_the_result_of_a_view_has_torchs_memory_order(
+        self, bits: dict[str, int], padding_mode: str, recorded: bool
+    ) -> None:
+        whole = torch.randn(4, 8, 9, 9)
+        settings = {"padding": 1, "padding_mode": padding_mode}
+        layer, twin = nBitConv2d(4, 6, 3, **settings, **bits), nn.Conv2d(4, 6, 3, **settings)
+        for x in (whole, whole.to(memory_format=torch.channels_last)):
+            for view in (x[:, :4], x[:, ::2], x[::2, 4:], x[:1, 4:], x[:, :4, 2:, 1:-1], x[:, :4].transpose(2, 3)):
+                expected = layer(view.contiguous())
+                with torch.set_grad_enabled(recorded):
+                    for _ in range(2):  # at the second call there may be a plan
+                        y = layer(view)
+                        assert y.stride() == twin(view).stride()
+                        torch.testing.assert_close(y, expected)
+
     def test_an_input_that_is_not_contiguous(self) -> None:
         layer, x = nBitConv2d(3, 4, 3, a_bit=5), torch.randn(6, 9, 3, 2).permute(3, 2, 0, 1)[:, :, :, ::2]
         assert_near(measured(layer, x), reference(layer, x))
