@@ -17,7 +17,7 @@ from bitorch_engine.ops.cpu.quantize import dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import float_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
-from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last, new_output
+from bitorch_engine.ops.reference.layout import new_output
 
 _planned = planned("be_float_conv_planned")
 
@@ -106,10 +106,14 @@ def conv_weight_only(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Tensor:
+    c = Convolution(*fields)
+    if c.transposed:
+        return reference.conv_weight_only(x, packed, channel_scale, bits, bias, weight_shape, *fields)
     packed = dense(packed, math.prod(weight_shape), bits)
     found = _suited(x, bias, weight_shape, fields)
     if found is None:
-        return _by_torch(x, packed, channel_scale, bits, bias, weight_shape, *fields)
+        weight = dequantize(packed, channel_scale, bits, math.prod(weight_shape[1:]), x.dtype).view(*weight_shape)
+        return reference.convolve(c, x, weight, bias)
     scale = channel_scale.to(torch.float32).contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty_strided(found.shape, found.strides, dtype=torch.float32)
@@ -137,19 +141,3 @@ def plan(
     packed = dense(packed, math.prod(weight_shape), bits)
     structure = found.structure(packed, channel_scale, bits, bias)
     return make_plan(_planned, structure, found.shape, found.strides, x.dtype, sources, packed, channel_scale, bias)
-
-
-def _by_torch(
-    x: Tensor,
-    packed: Tensor,
-    channel_scale: Tensor,
-    bits: int,
-    bias: Tensor | None,
-    weight_shape: Sequence[int],
-    *fields: Any,
-) -> Tensor:
-    c = Convolution(*fields)
-    if c.transposed:
-        return reference.conv_weight_only(x, packed, channel_scale, bits, bias, weight_shape, *fields)
-    weight = dequantize(packed, channel_scale, bits, math.prod(weight_shape[1:]), x.dtype).view(*weight_shape)
-    return c.forward(x, in_memory_format(weight, is_channels_last(x)), None if bias is None else bias.to(x.dtype))

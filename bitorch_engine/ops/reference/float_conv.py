@@ -33,6 +33,11 @@ def conv_weight_only(
     geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups, pad)
     codes = geometry.weight_codes(packed, bits, weight_shape)
     weight = (codes.float() * geometry.per_output_channel(channel_scale.float(), weight_shape)).to(x.dtype)
+    return convolve(geometry, x, weight, bias)
+
+
+def convolve(geometry: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` convolved with a weight of its dtype by torch, plus the bias; torch's memory order for a weight in x's."""
     bias = None if bias is None else bias.to(x.dtype)
     return geometry.forward(x, in_memory_format(weight, is_channels_last(x)), bias)
 
