@@ -60,6 +60,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
 
 # torch warns of a fork after its autograd threads have run; ours are OpenMP's.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
 def test_forked_workers_run_kernels_after_the_parent_used_two_threads() -> None:
     assert round_trip()
     loader = DataLoader(Worker(), batch_size=1, num_workers=2, multiprocessing_context="fork", timeout=60)
