@@ -43,7 +43,8 @@ struct Bands {
 
 // Where the products of a phase, (tap, image channel), lie in a slab, in bytes from the base.
 static inline std::vector<int64_t> product_offsets(const Product& p, const Phase& phase) {
-  const int64_t line = Slab::line_pixels(p), plane = Slab::dimension(p) == 0 ? p.padded[1] * line : 0;  // else there is one
+  const int64_t line = Slab::line_pixels(p);
+  const int64_t plane = Slab::dimension(p) == 0 ? p.padded[1] * line : 0;  // else there is one
   std::vector<int64_t> offsets;
   offsets.reserve(phase.taps.size() * p.image_channels + 1);
   for (const Tap& tap : phase.taps)

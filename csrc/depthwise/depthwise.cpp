@@ -32,10 +32,12 @@ int64_t products(const Product& p, const Phase& phase) {
 int64_t pairs(const Product& p, const Phase& phase) { return (products(p, phase) + 1) / 2; }
 
 // So many pairs have sums that fit 16 bits together.
-int64_t pairs_that_fit(const Source& source, int64_t w_bits) { return 32767 / (2 * (source.largest() << (w_bits - 1))); }
+int64_t pairs_that_fit(const Source& source, int64_t w_bits) {
+  return 32767 / (2 * (source.largest() << (w_bits - 1)));
+}
 
-// Whether there are three rows of three taps side by side, the first ones in the first pixel of their lines. (Lines of an
-// image with depth are not in pairs.)
+// Whether there are three rows of three taps side by side, the first ones in the first pixel of their lines. (Lines of
+// an image with depth are not in pairs.)
 bool is_square(const Product& p) {
   const std::vector<Tap>& taps = p.phases[0].taps;
   bool yes = p.phases.size() == 1 && p.image_channels == 1 && taps.size() == 9 && p.base_step[2] <= 2 &&
@@ -153,8 +155,8 @@ void multiply_band(const Call& call, const Slab& slab, int64_t sample, int64_t f
 }
 
 // The same of a square. factor: of the sample.
-void multiply_band_of_square(const Call& call, const Slab& slab, int64_t sample, int64_t first, int64_t last, float* scratch,
-                             const float* factor) {
+void multiply_band_of_square(const Call& call, const Slab& slab, int64_t sample, int64_t first, int64_t last,
+                             float* scratch, const float* factor) {
   const Product& p = call.product;
   const QconvArguments& a = call.a;
   const Phase& phase = p.phases[0];
@@ -178,7 +180,8 @@ void multiply_band_of_square(const Call& call, const Slab& slab, int64_t sample,
     line.out = direct ? reinterpret_cast<float*>(out) : scratch;
     multiply(line);
     if (!direct)
-      write_line(scratch, line.pixels, line.pitch, line.channels, static_cast<Dtype>(a.out_dtype), out, step, a.out_channel);
+      write_line(scratch, line.pixels, line.pitch, line.channels, static_cast<Dtype>(a.out_dtype), out, step,
+                 a.out_channel);
   }
 }
 
@@ -257,7 +260,8 @@ BE_EXPORT void be_depthwise_arrange(const Geometry* geometry, int scatter, int r
             static_cast<uint8_t>(code);
         sums[lane] += code;
         if (!square) continue;
-        int8_t* line = of_square + lane / LANE_BLOCK * SQUARE_BYTES + k / 3 * SQUARE_ROW + place_in_pair(lane % LANE_BLOCK);
+        int8_t* line =
+            of_square + lane / LANE_BLOCK * SQUARE_BYTES + k / 3 * SQUARE_ROW + place_in_pair(lane % LANE_BLOCK);
         for (int64_t place : PLACES_OF_TAP[k % 3]) line[place] = static_cast<int8_t>(code);
       }
   }

@@ -1,8 +1,8 @@
 // Convolutions whose groups have few channels, depthwise ones above all: a lane of a vector is a result channel, and
 // products are summed over taps alone. What a lane needs from each image channel of its group lies at the lane's place:
 //
-//   slab    (padded pixel, image channel of the group, lane)            unsigned bytes, lanes padded to a multiple of 32
-//   weight  [phase][block of 32 lanes][pair of products][lane][2]       signed bytes, lanes in the order of `place_of_lane`
+//   slab    (padded pixel, image channel of the group, lane)        unsigned bytes, lanes padded to a multiple of 32
+//   weight  [phase][block of 32 lanes][pair of products][lane][2]   signed bytes, lanes in the order of `place_of_lane`
 //
 // A product is one tap and one image channel of the group. Two of them are multiplied together; where their number is
 // odd, the last one's partner has weights of 0.
@@ -26,7 +26,8 @@ static inline int64_t place_of_lane(int64_t lane) {
 
 // Result pixels of some lines, all lanes:
 //   out[y * line_pitch + x * pitch + o] =
-//     float(start[o] + sum over k of base[y * line_step + x * step + o + offsets[k]] * weight[k][o]) * factor[o] + bias[o]
+//     float(start[o] + sum over k of base[y * line_step + x * step + o + offsets[k]] * weight[k][o])
+//       * factor[o] + bias[o]
 struct DepthwiseLines {
   const uint8_t* base;
   const int64_t* offsets;  // 2 * pairs of them
@@ -43,7 +44,8 @@ struct DepthwiseLines {
 using DepthwiseFunction = void (*)(const DepthwiseLines& line);
 
 // The weight's gradient, one block of lanes, pixels of one line:
-//   totals[0][o] += sum over x of row(x, o),  totals[1 + k][o] += sum over x of row(x, o) * base[x * step + o + offsets[k]]
+//   totals[0][o] += sum over x of row(x, o)
+//   totals[1 + k][o] += sum over x of row(x, o) * base[x * step + o + offsets[k]]
 // where row(x, o) = rows[x * pitch + o] - row_zero, o < 32, totals are [1 + products][32].
 struct DepthwiseGradientLine {
   const uint8_t* base;

@@ -23,8 +23,8 @@ Slab::Slab(const Product& product, const Source& source, int64_t most, bool squa
       source_(source),
       square_(square),
       direct_(product.image_channels == 1 && product.result_channels == 1),
-      floats_(square && direct_ && source.kind == SourceKind::FLOATS && source.dtype == FLOAT32 && source.channel == 1 &&
-              source.bits > 1) {
+      floats_(square && direct_ && source.kind == SourceKind::FLOATS && source.dtype == FLOAT32 &&
+              source.channel == 1 && source.bits > 1) {
   const int64_t size = most * row_pixels(p_) * pixel_bytes(p_);
   bytes_ = new_buffer<uint8_t>(size + MARGIN);
   // Where lanes fill up a block, nothing writes them; all else is written before it is read.
@@ -33,8 +33,8 @@ Slab::Slab(const Product& product, const Source& source, int64_t most, bool squa
   if (floats_) return;
   const int64_t line = p_.image[2] * p_.groups * p_.image_channels;
   line_ = new_buffer<uint8_t>(line + 16);
-  if (source.kind == SourceKind::FLOATS && source.channel != 1 && source.step[2] == 1 && source.step[1] == p_.image[2] &&
-      dimension(p_) == 1)
+  if (source.kind == SourceKind::FLOATS && source.channel != 1 && source.step[2] == 1 &&
+      source.step[1] == p_.image[2] && dimension(p_) == 1)
     planes_ = new_buffer<uint8_t>(most * line);
   if (!square_) return;
   pixels_ = new_buffer<uint8_t>(line_pixels(p_) * pixel_bytes(p_));

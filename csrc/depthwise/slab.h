@@ -25,8 +25,8 @@ struct Source {
 
 class Slab {
  public:
-  // `most`: rows that it holds. Rows are of padded dimension 1, or of dimension 0 where the image has depth. Where `square`,
-  // they are lines of pairs.
+  // `most`: rows that it holds. Rows are of padded dimension 1, or of dimension 0 where the image has depth. Where
+  // `square`, they are lines of pairs.
   Slab(const Product& product, const Source& source, int64_t most, bool square = false);
 
   // Rows first .. first + count - 1 of a sample; those that are there from the call before are moved.

@@ -18,7 +18,8 @@ inline __m128i half(__m256i x) {
   return WHICH ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x);
 }
 
-// What a block of lanes has beside its pixels; apart from the line, so that stores of results do not make it be read again.
+// What a block of lanes has beside its pixels; apart from the line, so that stores of results do not make it be read
+// again.
 struct Block {
   const uint8_t* base;
   const int64_t* offsets;

@@ -133,7 +133,8 @@ void gradient_tile(const DepthwiseGradientLine& l, int64_t lane, int64_t first) 
     const __m512i two = _mm512_and_si512(rows, _mm512_set1_epi32(alone ? 0xffff : -1));
     const int64_t place = x * l.step, next = place + (alone ? 0 : l.step);
 #pragma GCC unroll 9
-    for (int k = 0; k < PRODUCTS; ++k) sums[k] = _mm512_dpwssd_epi32(sums[k], load_two(at[k] + place, at[k] + next), two);
+    for (int k = 0; k < PRODUCTS; ++k)
+      sums[k] = _mm512_dpwssd_epi32(sums[k], load_two(at[k] + place, at[k] + next), two);
   }
 #pragma GCC unroll 9
   for (int k = 0; k < PRODUCTS; ++k) {

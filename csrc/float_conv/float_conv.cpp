@@ -61,12 +61,13 @@ struct Weights {
   }
 
   static float value(uint8_t index, int64_t bits, float scale) {
-    return static_cast<float>(static_cast<int>(index) * (bits == 1 ? 2 : 1) + lowest_code(static_cast<int>(bits))) * scale;
+    return static_cast<float>(static_cast<int>(index) * (bits == 1 ? 2 : 1) + lowest_code(static_cast<int>(bits))) *
+           scale;
   }
 };
 
-// Lines of an image, each copied between zeros when it is first asked for and kept while the results of some lines around
-// it need it: those that are needed together have a place each.
+// Lines of an image, each copied between zeros when it is first asked for and kept while the results of some lines
+// around it need it: those that are needed together have a place each.
 class Lines {
  public:
   Lines(const Geometry& g, bool channels_last, const float* x)
@@ -114,7 +115,8 @@ class Lines {
     for (int64_t c = 0; c < channels; ++c) {
       const float* from = x_ + (sample * channels + c) * g_.in_pixels() + line * width;
       for (int64_t phase = 0; phase < stride; ++phase) {
-        const int64_t first = (phase + stride - pad % stride) % stride;  // the first of the image's pixels in this phase
+        // The first of the image's pixels in this phase.
+        const int64_t first = (phase + stride - pad % stride) % stride;
         float* put = to + offset(pad + first, c);
         for (int64_t x = first; x < present; x += stride) *put++ = from[x];
       }
@@ -154,7 +156,8 @@ BE_EXPORT int be_float_conv_planned(const PlannedFloatConv* p, const void* x, vo
       const int64_t sample = i / per_sample, inside = i % per_sample;
       const int64_t z = inside / g.out[1] * g.stride[0] - g.pad[0], y = inside % g.out[1] * g.stride[1] - g.pad[1];
       for (int64_t row = 0; row < taps / width; ++row) {
-        const float* from = image.at(sample, z + row / g.kernel[1] * g.dilation[0], y + row % g.kernel[1] * g.dilation[1]);
+        const float* from =
+            image.at(sample, z + row / g.kernel[1] * g.dilation[0], y + row % g.kernel[1] * g.dilation[1]);
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t k = 0; k < width; ++k) values[c * taps + row * width + k] = from + offsets[c * width + k];
       }

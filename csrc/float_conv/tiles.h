@@ -6,8 +6,8 @@
 namespace bitorch_engine {
 namespace {
 
-// A tile has rows, whose operand is broadcast, and lanes: pixels and channels, or the other way round. Row i of the results
-// goes to out + i * pitch.
+// A tile has rows, whose operand is broadcast, and lanes: pixels and channels, or the other way round. Row i of the
+// results goes to out + i * pitch.
 struct Tile {
   const float* const* values;
   int64_t depth, first;  // first: pixel, times the distance of pixels
@@ -58,7 +58,8 @@ inline int64_t share(int64_t left, int64_t most) {
   return (left + count - 1) / count;
 }
 
-// slim: for the last lanes, where they are few. What is read again and again is some channels' weights, in the L1 cache.
+// slim: for the last lanes, where they are few. What is read again and again is some channels' weights, in the L1
+// cache.
 inline void multiply_line(const ConvLine& l, const Tiles& wide, const Tiles& slim) {
   const int64_t lanes = l.channels_last ? l.channels : l.pixels, rows = l.channels_last ? l.pixels : l.channels;
   if (l.channels_last) {

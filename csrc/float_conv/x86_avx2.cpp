@@ -5,8 +5,8 @@
 namespace bitorch_engine {
 namespace {
 
-// Six rows of two vectors: 12 sums and the operands of a product are in 15 of 16 registers, and 12 multiplications, at two
-// a cycle, take longer than 9 loads.
+// Six rows of two vectors: 12 sums and the operands of a product are in 15 of 16 registers, and 12 multiplications, at
+// two a cycle, take longer than 9 loads.
 template <int ROWS, int VECTORS, bool CHANNELS_LAST>
 void multiply_tile(const Tile& tile) {
   const Tile t = tile;  // in registers, whatever is stored

@@ -74,12 +74,14 @@ void finish_row(const Value* from, int64_t taps, int64_t channels, const float* 
 
 // The gradient, from totals (row, tap, column).
 template <class Value>
-void finish(const Product& p, const Value* totals, bool rows_are_gradient, const float* scale, float* out, int threads) {
+void finish(const Product& p, const Value* totals, bool rows_are_gradient, const float* scale, float* out,
+            int threads) {
   const int64_t row_totals = p.taps * p.image_channels;
   parallel_for(p.groups * p.result_channels, 1 + (1 << 14) / row_totals, threads, [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
       const float* factor = scale + (rows_are_gradient ? row : row / p.result_channels * p.image_channels);
-      finish_row(totals + row * row_totals, p.taps, p.image_channels, factor, !rows_are_gradient, out + row * row_totals);
+      finish_row(totals + row * row_totals, p.taps, p.image_channels, factor, !rows_are_gradient,
+                 out + row * row_totals);
     }
   });
 }
@@ -101,7 +103,8 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
                     bits, 1.0f, low, threads);
   if (rows_are_gradient && winograd::suits_gradient(p, image.largest())) {
     const Buffer<int32_t> totals = new_buffer<int32_t>(p.groups * p.result_channels * p.taps * p.image_channels);
-    winograd::sum_gradient(p, image.bytes(), image.zero(), reinterpret_cast<const int8_t*>(rows), totals.get(), threads);
+    winograd::sum_gradient(p, image.bytes(), image.zero(), reinterpret_cast<const int8_t*>(rows), totals.get(),
+                           threads);
     return finish(p, totals.get(), true, scale, out, threads);
   }
   const int64_t activation_zero = bits == 1 ? 1 : static_cast<int64_t>(-low);

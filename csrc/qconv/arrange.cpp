@@ -15,7 +15,8 @@
 
 namespace bitorch_engine {
 
-const Kernel<SplitFunction> split_kernel{"qconv.split", {split_scalar, nullptr, BE_X86(split_avx2), BE_X86(split_avx512)}};
+const Kernel<SplitFunction> split_kernel{
+    "qconv.split", {split_scalar, nullptr, BE_X86(split_avx2), BE_X86(split_avx512)}};
 
 namespace {
 
@@ -68,7 +69,8 @@ void interleave(const uint8_t* const* rows, uint8_t* to, int32_t* sums) {
     four[4 * o + 1] = b[o];
     four[4 * o + 2] = c[o];
     four[4 * o + 3] = d[o];
-    sum[o] = (static_cast<Value>(a[o]) + static_cast<Value>(b[o])) + (static_cast<Value>(c[o]) + static_cast<Value>(d[o]));
+    sum[o] =
+        (static_cast<Value>(a[o]) + static_cast<Value>(b[o])) + (static_cast<Value>(c[o]) + static_cast<Value>(d[o]));
   }
   std::memcpy(to, four, sizeof four);
   for (int64_t o = 0; o < BLOCK; ++o) sums[o] += sum[o];
@@ -84,8 +86,8 @@ int32_t sum(const uint8_t* values, int64_t count) {
 constexpr int64_t TOGETHER = 4;  // blocks: then a cache line of a row's channels is used whole
 
 // The values of `count` blocks, and the sum of each of their result channels at each tap, read as `Value`: sums of
-// a tap are sum_step behind those of the one before. What fills up is worth nothing whatever it decodes to: the image is
-// 0 there.
+// a tap are sum_step behind those of the one before. What fills up is worth nothing whatever it decodes to: the image
+// is 0 there.
 template <class Value>
 void arrange_blocks(const Rows& rows, const Phase& phase, int64_t group, int64_t first, int64_t count, uint8_t* out,
                     int32_t* sums, int64_t sum_step) {
@@ -155,7 +157,8 @@ BE_EXPORT void be_qconv_arrange(const Geometry* geometry, int scatter, int rows_
     const int64_t values = BLOCK * phase.depth, taps = static_cast<int64_t>(phase.taps.size());
     const int64_t sum_step = blocks * BLOCK;
     const int64_t strips = (p.blocks() + TOGETHER - 1) / TOGETHER;
-    parallel_for(p.groups * strips, 1, taps * p.image_channels * blocks < GRAIN ? 1 : threads, [&](int64_t begin, int64_t end) {
+    const int used = taps * p.image_channels * blocks < GRAIN ? 1 : threads;
+    parallel_for(p.groups * strips, 1, used, [&](int64_t begin, int64_t end) {
       const auto scratch = new_buffer<uint8_t>(codes ? 0 : TOGETHER * values);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t group = strip / strips, first = strip % strips * TOGETHER;

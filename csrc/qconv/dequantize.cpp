@@ -7,8 +7,8 @@
 using namespace bitorch_engine;
 
 // The weights code * scale of a packed stream of rows, (channels, taps). out: rows (taps, channels), channels last.
-BE_EXPORT void be_dequantize(const uint8_t* packed, int64_t rows, int64_t channels, int64_t taps, const float* scale, int bits,
-                             float* out, int threads) {
+BE_EXPORT void be_dequantize(const uint8_t* packed, int64_t rows, int64_t channels, int64_t taps, const float* scale,
+                             int bits, float* out, int threads) {
   const int step = bits == 1 ? 2 : 1, lowest = lowest_code(bits);
   const int64_t length = channels * taps;
   const auto split = split_kernel.pick();
@@ -20,7 +20,8 @@ BE_EXPORT void be_dequantize(const uint8_t* packed, int64_t rows, int64_t channe
       if (taps > 1) split(index.get(), 1, channels, taps, turned.get());
       const float factor = scale[row];
       float* to = out + row * length;
-      for (int64_t i = 0; i < length; ++i) to[i] = static_cast<float>(static_cast<int>(values[i]) * step + lowest) * factor;
+      for (int64_t i = 0; i < length; ++i)
+        to[i] = static_cast<float>(static_cast<int>(values[i]) * step + lowest) * factor;
     }
   });
 }

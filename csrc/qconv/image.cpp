@@ -10,7 +10,8 @@
 namespace bitorch_engine {
 namespace {
 
-// Copies `pixels` x `channels` dense bytes, each group of channels padded to `depth`. Reads 3 bytes more than there are.
+// Copies `pixels` x `channels` dense bytes, each group of channels padded to `depth`. Reads 3 bytes more than there
+// are.
 void spread(const uint8_t* from, int64_t pixels, const Product& p, uint8_t* to) {
   const int64_t channels = p.groups * p.image_channels;
   if (p.image_depth == p.image_channels) {
@@ -52,7 +53,8 @@ Image::Image(const Product& p, SourceKind kind, const void* x, Dtype dtype, int6
 
   // One line of pixels, in x and in the image, at a time.
   const int64_t lines = p.batch * p.padded[0] * p.padded[1], length = p.padded[2] * pitch;
-  parallel_for(lines, std::max<int64_t>(1, 16384 / std::max<int64_t>(length, 1)), threads, [&](int64_t first, int64_t last) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(length, 1));
+  parallel_for(lines, grain, threads, [&](int64_t first, int64_t last) {
     const std::unique_ptr<uint8_t[]> row(new uint8_t[p.image[2] * channels + 16]);
     bool seen = false;
     for (int64_t line = first; line < last; ++line) {

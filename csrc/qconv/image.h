@@ -14,8 +14,8 @@ enum class SourceKind : int { FLOATS = 0, CODES = 1, GRADIENT = 2 };
 // (N, padded, groups, image_depth) bytes, `zero` where the product reads padding, 0 in channels that fill up.
 class Image {
  public:
-  // FLOATS: x with the given strides (in elements), quantized by `scale` and `low`.  CODES: a packed stream of indices of
-  // `bits` bits in channels-last order.  GRADIENT: signed bytes in channels-last order.
+  // FLOATS: x with the given strides (in elements), quantized by `scale` and `low`.  CODES: a packed stream of indices
+  // of `bits` bits in channels-last order.  GRADIENT: signed bytes in channels-last order.
   Image(const Product& product, SourceKind kind, const void* x, Dtype dtype, int64_t sample_stride,
         int64_t channel_stride, const int64_t* steps, int bits, float scale, float low, int threads);
 

@@ -9,8 +9,8 @@
 //   transposed, input gradient      no       image channels
 //
 // u is the *image*: unsigned bytes, channels last, padded with `zero`, so that padding needs no case of its own, though
-// products with it may be left out (regions.h). Where a stride scatters, the result falls into phases, one per residue of
-// its position modulo the stride; each phase is a convolution of stride 1 with those taps that reach it.
+// products with it may be left out (regions.h). Where a stride scatters, the result falls into phases, one per residue
+// of its position modulo the stride; each phase is a convolution of stride 1 with those taps that reach it.
 #pragma once
 
 #include <cstdint>

@@ -26,7 +26,8 @@ const Kernel<FinishFunction> finish_kernel{
 
 namespace {
 
-// Decoded weights that are used together: they should stay in the L2 cache, of which processors without AVX-512 have less.
+// Decoded weights that are used together: they should stay in the L2 cache, of which processors without AVX-512 have
+// less.
 int64_t panel_bytes() { return current_isa() < AVX512 ? 1 << 18 : 1 << 20; }
 
 // Pixels whose bases are equally far apart in the image.
@@ -56,9 +57,10 @@ struct Pixels {
   const Phase& phase;
   const Areas& areas;
 
-  // The places of pixels from `first` on, at most `most`, before `last_pixel`. The results have their first channel at `out`.
-  // gap: 0, or so many pixels after each line, which have no results, are taken along: the lines of a plane are one then.
-  // places.rows counts those too. Returns the pixel where it ended.
+  // The places of pixels from `first` on, at most `most`, before `last_pixel`. The results have their first channel at
+  // `out`.
+  // gap: 0, or so many pixels after each line, which have no results, are taken along: the lines of a plane are one
+  // then. places.rows counts those too. Returns the pixel where it ended.
   int64_t locate(int64_t first, int64_t last_pixel, int64_t most, int64_t gap, uint8_t* out, Places& places) const {
     constexpr int64_t WHOLE = 12;  // pixels: whole tiles, of each size that they have
     places.line_count = places.stretch_count = places.piece_count = places.rows = 0;
@@ -133,10 +135,10 @@ struct Pixels {
 };
 
 // How the matrix unit reads pixels: 64 bytes each of up to 16 that are equally far apart. A tile of fewer rows takes
-// almost as much less time: a line of pixels is cut into equal runs. Where fewer runs come of it, the padding between two
-// lines is multiplied too, and they are joined: 56 pixels by two are cut into 16, not 14, and 7 by two into 16, not 7.
-// Where lines are short and padding is more than a quarter, or the depth is not whole, the bytes that a pixel reads are
-// gathered into one row first.
+// almost as much less time: a line of pixels is cut into equal runs. Where fewer runs come of it, the padding between
+// two lines is multiplied too, and they are joined: 56 pixels by two are cut into 16, not 14, and 7 by two into 16, not
+// 7. Where lines are short and padding is more than a quarter, or the depth is not whole, the bytes that a pixel reads
+// are gathered into one row first.
 struct Runs {
   static constexpr int64_t LONGEST = 16, SHORTEST = 11;
   bool used, gather = false;
@@ -146,7 +148,8 @@ struct Runs {
 
   Runs(const Product& p, const Phase& phase, int64_t depth) : used(current_isa() == AMX) {
     const int64_t* c = phase.count;
-    const int64_t lines_apart = p.padded[2] * p.base_step[1], width = lines_apart / p.base_step[2];  // of a line, in steps
+    const int64_t lines_apart = p.padded[2] * p.base_step[1];
+    const int64_t width = lines_apart / p.base_step[2];  // of a line, in steps
     step = p.base_step[2] * p.pixel_bytes();
     if (!used) return;
     const bool even = width * p.base_step[2] == lines_apart, seamless = even && width == c[2];
@@ -161,7 +164,9 @@ struct Runs {
   }
 
   // The number of runs that `pixels` are cut into, a multiple of `unit`, and their length.
-  static int64_t fewest(int64_t pixels, int64_t unit) { return (pixels + unit * LONGEST - 1) / (unit * LONGEST) * unit; }
+  static int64_t fewest(int64_t pixels, int64_t unit) {
+    return (pixels + unit * LONGEST - 1) / (unit * LONGEST) * unit;
+  }
   static int64_t equal(int64_t pixels, int64_t unit) {
     const int64_t runs = fewest(pixels, unit);
     return (pixels + runs - 1) / runs;
@@ -181,7 +186,8 @@ struct Runs {
 
 // The bytes that one pixel reads, in a row.
 void gather(const uint8_t* base, const Area& area, uint8_t* row) {
-  for (int64_t t = 0; t < area.read_count; ++t, row += area.depth) std::memcpy(row, base + area.reads[t].image, area.depth);
+  for (int64_t t = 0; t < area.read_count; ++t, row += area.depth)
+    std::memcpy(row, base + area.reads[t].image, area.depth);
 }
 
 // One thread's share: result pixels first_pixel .. last_pixel, blocks first_block .. last_block of one group and phase.
@@ -232,7 +238,8 @@ void multiply_part(const Call& call, const Phase& phase, const Areas& areas, int
         next = pixels.locate(first, last_pixel, runs.rows, runs.gap, first_out, places);
         if (runs.used) tile.run_count = runs.cut(places, lengths);
         for (int64_t i = 0, row = 0; i < places.line_count; ++i)
-          for (int64_t k = 0; k < places.lines[i].count; ++k) rows[row++] = image + places.lines[i].base + k * runs.step;
+          for (int64_t k = 0; k < places.lines[i].count; ++k)
+            rows[row++] = image + places.lines[i].base + k * runs.step;
         if (runs.gather) {
           const Area& all = *areas.begin();
           const int64_t read = all.read_count * all.depth;

@@ -15,8 +15,8 @@ static constexpr int lowest_code(int bits) { return bits == 1 ? -1 : -(1 << (bit
 
 struct Results;
 
-// What a kernel leaves set up from tile to tile, on one thread: the shape of the matrix unit's registers, which takes as
-// long to change as they take for a thousand products of each result.
+// What a kernel leaves set up from tile to tile, on one thread: the shape of the matrix unit's registers, which takes
+// as long to change as they take for a thousand products of each result.
 struct Setup {
   int64_t shape = 0;
   void (*release)() = nullptr;  // to be called in the end, where it is set
@@ -35,8 +35,9 @@ struct Read {
 
 // One tile of the product: `count` image pixels times `blocks` blocks of 16 result channels.
 //   totals[i][o] = sum over reads r, k < depth of rows[i][r.image + k] * weights[o / 16][r.weights / 16 + k][o % 16]
-// where weights is as in arrange.cpp, as signed bytes, each block block_bytes long, and totals is (count, COLUMNS) int32.
-// With `results`, they are given the totals, all at once or part by part, and what is left in `totals` is of no use.
+// where weights is as in arrange.cpp, as signed bytes, each block block_bytes long, and totals is (count, COLUMNS)
+// int32. With `results`, they are given the totals, all at once or part by part, and what is left in `totals` is of no
+// use.
 struct Tile {
   const uint8_t* const* rows;
   int64_t count;  // at most ROWS

@@ -13,7 +13,8 @@
 
 namespace bitorch_engine {
 
-// Result pixels of a phase, in every sample, and the taps that they read: all others lie in the padding for each of them.
+// Result pixels of a phase, in every sample, and the taps that they read: all others lie in the padding for each of
+// them.
 struct Region {
   Span span[3];  // depth, height, width
 
@@ -32,8 +33,8 @@ struct Tiles {
   int64_t pixels, preparation;
 };
 
-// The pixels of a phase in regions: one, or several where the products that are left out outweigh the tiles that are not
-// full.
+// The pixels of a phase in regions: one, or several where the products that are left out outweigh the tiles that are
+// not full.
 std::vector<Region> regions(const Product& product, const Phase& phase, const Tiles& tiles);
 
 }  // namespace bitorch_engine

@@ -29,7 +29,9 @@ void configure(int64_t upper, int64_t lower, Setup* setup) {
   setup->release = release;
 }
 
-int64_t distance(const Tile& t, int64_t first, int64_t rows) { return rows > 1 ? t.rows[first + 1] - t.rows[first] : 64; }
+int64_t distance(const Tile& t, int64_t first, int64_t rows) {
+  return rows > 1 ? t.rows[first + 1] - t.rows[first] : 64;
+}
 
 template <bool lower, bool right>
 void multiply(const Tile& t, int64_t first, int64_t upper, int64_t upper_stride, int64_t lower_stride,
@@ -64,8 +66,8 @@ void multiply(const Tile& t, int64_t first, int64_t upper, int64_t upper_stride,
   if (lower && right) _tile_stored(3, totals + upper * COLUMNS + 16, pitch);
 }
 
-// The totals of two runs that are complete. They become results while the next two are multiplied, which keeps the matrix
-// unit busy but not the vector units: some rows after each product.
+// The totals of two runs that are complete. They become results while the next two are multiplied, which keeps the
+// matrix unit busy but not the vector units: some rows after each product.
 struct Finished {
   const Results* results;
   const int32_t* totals;

@@ -44,8 +44,8 @@ __attribute__((always_inline)) inline void widen(const __m256i (&sum)[MR][2], __
 }
 
 // vpmaddubsw adds two products in 16 bits; STEPS such sums fit there before they are widened. Eight 16-bit sums, two
-// vectors of weights and a pixel are in registers; the totals are in the L1 cache, touched once in STEPS steps, and once
-// in the rest of a read.
+// vectors of weights and a pixel are in registers; the totals are in the L1 cache, touched once in STEPS steps, and
+// once in the rest of a read.
 template <int MR, int STEPS>
 void tile(const Tile& t, int64_t first, const int8_t* block, int unit, int32_t* totals) {
   const __m256i units = _mm256_set1_epi16(static_cast<int16_t>(unit));
@@ -85,8 +85,8 @@ void multiply_block(const Tile& t, const TileFunction* tiles, const int8_t* weig
     tiles[(t.count - i < PIXELS ? t.count - i : PIXELS) - 1](t, i, weights, unit, totals + i * COLUMNS);
 }
 
-// Where not two sums fit, each weight is taken as 16 * high + low, with -8 <= high <= 8 and -8 <= low <= 7: two products
-// of eight sums each. The halves are made for SOME products of a read and all pixels at a time.
+// Where not two sums fit, each weight is taken as 16 * high + low, with -8 <= high <= 8 and -8 <= low <= 7: two
+// products of eight sums each. The halves are made for SOME products of a read and all pixels at a time.
 void multiply_halves(const Tile& whole, const int8_t* block, int32_t* totals) {
   constexpr int64_t SOME = 256;
   alignas(32) int8_t high[SOME * BLOCK], low[SOME * BLOCK];
@@ -138,12 +138,15 @@ struct Channels {
   }
 };
 
-__m128i narrow(__m256i words) { return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)); }
+__m128i narrow(__m256i words) {
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
 
 __m128i bfloat16_of(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
   return narrow(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan));
 }
@@ -164,8 +167,8 @@ void store(__m256 value, const Epilogue& e, uint8_t* out) {
   }
 }
 
-// Eights of channels from `first` on, where channels are last: 64 of a pixel are 256 bytes in a row, which takes a third
-// less time to write than 16 of one pixel after the other. e is a copy, which no store of results changes.
+// Eights of channels from `first` on, where channels are last: 64 of a pixel are 256 bytes in a row, which takes a
+// third less time to write than 16 of one pixel after the other. e is a copy, which no store of results changes.
 void finish_rows(const int32_t* totals, const Stretch& rows, int64_t first, int64_t channels, const Epilogue e) {
   const int64_t element = e.bytes ? 1 : e.dtype == FLOAT32 ? 4 : 2;
   const int64_t count = rows.count, step = rows.step;
@@ -200,8 +203,8 @@ void transpose(__m256 (&r)[8]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
-// Channels o .. o + 7 of all rows, each channel in a plane of its own, `plane` bytes apart: where rows follow each other
-// in memory, eight are turned together. totals begins with channel o.
+// Channels o .. o + 7 of all rows, each channel in a plane of its own, `plane` bytes apart: where rows follow each
+// other in memory, eight are turned together. totals begins with channel o.
 void finish_planes(const int32_t* totals, const Stretch& rows, int64_t o, const Epilogue& e, int64_t plane,
                    int64_t element) {
   const Channels channels(e, o);

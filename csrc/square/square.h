@@ -1,11 +1,12 @@
-// Depthwise convolutions with a *square* of taps, three rows of three side by side, whose sums fit 16 bits: most of those
-// that networks have. Pixels are interleaved once, when the slab is filled, and not again for each row of each result:
+// Depthwise convolutions with a *square* of taps, three rows of three side by side, whose sums fit 16 bits: most of
+// those that networks have. Pixels are interleaved once, when the slab is filled, and not again for each row of each
+// result:
 //
-//   line of pairs  [block of 32 lanes][pair of pixels][lane][2]     unsigned bytes, lanes in the order of `place_in_pair`
-//   weight         [block of 32 lanes][row of taps][4][lane][2]     signed bytes, in the same order
+//   line of pairs  [block of 32 lanes][pair of pixels][lane][2]   unsigned bytes, lanes in the order of `place_in_pair`
+//   weight         [block of 32 lanes][row of taps][4][lane][2]   signed bytes, in the same order
 //
-// A result begins with the first pixel of a pair or with the second. Of each row the weights are those of taps (0, 1) and
-// (2, none) of a pair and the next one, for the former, and (none, 0) and (1, 2), for the latter.
+// A result begins with the first pixel of a pair or with the second. Of each row the weights are those of taps (0, 1)
+// and (2, none) of a pair and the next one, for the former, and (none, 0) and (1, 2), for the latter.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@
 
 namespace bitorch_engine {
 
-// Where a lane begins in the 64 bytes of a pair: lanes 0-3, 8-11, 4-7, 12-15, and again from 16 on. Of their 16-bit sums,
-// interleaving within 128-bit lanes makes lanes 0-7, and 8-15, side by side.
+// Where a lane begins in the 64 bytes of a pair: lanes 0-3, 8-11, 4-7, 12-15, and again from 16 on. Of their 16-bit
+// sums, interleaving within 128-bit lanes makes lanes 0-7, and 8-15, side by side.
 static constexpr int64_t place_in_pair(int64_t lane) {
   const int64_t four = lane / 4 % 4, place = four == 1 ? 2 : four == 2 ? 1 : four;
   return lane / 16 * 32 + place * 8 + lane % 4 * 2;

@@ -16,8 +16,9 @@ inline __m256i in_register(__m256i x) {
   return x;
 }
 
-// Sums of 16 lanes are those of the products and this: so that, as unsigned numbers, they are the lower halves of floats
-// between 2**23 and 2**24. One instruction widens eight of them and one subtracts, where integers would take four.
+// Sums of 16 lanes are those of the products and this: so that, as unsigned numbers, they are the lower halves of
+// floats between 2**23 and 2**24. One instruction widens eight of them and one subtracts, where integers would take
+// four.
 constexpr int BEGIN = 1 << 15;
 
 // What becomes of sums of 16 lanes.
@@ -52,7 +53,8 @@ struct Lanes {
   template <bool BIAS>
   static inline Lanes at(const SquareLine& l, int64_t lane) {
     const int64_t block = lane / LANE_BLOCK, half = 2 * (lane % LANE_BLOCK), place = block * l.block_step + half;
-    Lanes lanes{{l.rows[0] + place, l.rows[1] + place, l.rows[2] + place}, l.weights + block * SQUARE_BYTES + half, {}, {}};
+    Lanes lanes{
+        {l.rows[0] + place, l.rows[1] + place, l.rows[2] + place}, l.weights + block * SQUARE_BYTES + half, {}, {}};
     const __m256i sums = _mm256_packs_epi32(load(l.start + lane), load(l.start + lane + 8));
     lanes.start = _mm256_add_epi16(sums, _mm256_set1_epi16(static_cast<int16_t>(BEGIN)));
     for (int64_t i = 0; i < 2; ++i) {
@@ -159,7 +161,8 @@ class Quantizer {
 // A pair of pixels of a line; null: a pixel in the padding. to: of the first block of lanes.
 template <bool SIGNED, bool NARROW>
 inline __attribute__((always_inline)) void quantize_pair(Quantizer<SIGNED, NARROW>& quantizer, __m256i zero,
-                                                         const FloatLine& l, const float* a, const float* b, uint8_t* to) {
+                                                         const FloatLine& l, const float* a, const float* b,
+                                                         uint8_t* to) {
   const int64_t whole = l.channels & -LANE_BLOCK, block_step = LANE_BLOCK * l.padded;
   for (int64_t c = 0; c < whole; c += LANE_BLOCK, to += block_step)
     put(to, a ? quantizer.block(a + c) : zero, b ? quantizer.block(b + c) : zero);

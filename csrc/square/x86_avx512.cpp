@@ -116,7 +116,8 @@ void multiply(const SquareLine& l, int64_t lane) {
   }
 }
 
-// A line of floats as pairs of pixels, 32 channels at a time; a pixel in the padding is 0. Returns whether a value was odd.
+// A line of floats as pairs of pixels, 32 channels at a time; a pixel in the padding is 0. Returns whether a value was
+// odd.
 template <bool SIGNED, bool NARROW>
 bool quantize(const FloatLine& l, const ActivationRule& rule, uint8_t* pairs) {
   const __m512 inverse = _mm512_set1_ps(rule.inverse_scale);

@@ -29,8 +29,8 @@ int64_t channels_of_a_span(int64_t largest, int64_t largest_weight) {
   return ((1 << 25) - 1) / (9 * largest * largest_weight) / CHANNELS * CHANNELS;
 }
 
-// Compares both ways in vector instructions that a block of 16 results takes, by and large. The numbers are fitted to times
-// on Zen 3 of 8 to 512 channels, maps of 7x7 to 56x56 and batches of 1 to 8, which they tell to a tenth.
+// Compares both ways in vector instructions that a block of 16 results takes, by and large. The numbers are fitted to
+// times on Zen 3 of 8 to 512 channels, maps of 7x7 to 56x56 and batches of 1 to 8, which they tell to a tenth.
 bool faster(const Product& p, const Phase& phase, const std::vector<Region>& regions, int64_t pairs) {
   const int64_t tiles = Grid(p, phase).tiles, panels = (tiles + TILES - 1) / TILES;
   const double channels = static_cast<double>(round_up(p.image_depth, UNIT));
@@ -188,7 +188,8 @@ void multiply_all(const Call& call, const Phase& phase, int threads) {
   const Grid grid(p, phase);
   for (int64_t group = 0; group < p.groups; ++group) {
     const auto part = [&](int64_t first_tile, int64_t last_tile, int64_t first_block, int64_t last_block) {
-      ForwardPart(call, phase, whole_phase.begin()->zero_sum, group).run(first_tile, last_tile, first_block, last_block);
+      ForwardPart(call, phase, whole_phase.begin()->zero_sum, group)
+          .run(first_tile, last_tile, first_block, last_block);
     };
     // Threads share the tiles; where those are few, the channels.
     if (grid.tiles >= 4 * GRAIN * threads || p.blocks() < 2 * threads)
