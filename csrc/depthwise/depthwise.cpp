@@ -31,11 +31,6 @@ int64_t products(const Product& p, const Phase& phase) {
 
 int64_t pairs(const Product& p, const Phase& phase) { return (products(p, phase) + 1) / 2; }
 
-// So many pairs have sums that fit 16 bits together.
-int64_t pairs_that_fit(const Source& source, int64_t w_bits) {
-  return 32767 / (2 * (source.largest() << (w_bits - 1)));
-}
-
 // Whether there are three rows of three taps side by side, the first ones in the first pixel of their lines. (Lines of
 // an image with depth are not in pairs.)
 bool is_square(const Product& p) {
@@ -119,7 +114,7 @@ struct PhaseWork {
     line.weights = reinterpret_cast<const int8_t*>(call.weights) + weights_before(p, f);
     line.start = call.start + static_cast<int64_t>(f) * Slab::lanes(p);
     line.bias = call.bias;
-    line.fit = pairs_that_fit(call.source, call.a.w_bits);
+    line.fit = pairs_that_fit(call.source.largest(), 1 << (call.a.w_bits - 1));
   }
 };
 
@@ -285,7 +280,7 @@ BE_EXPORT int be_depthwise(const QconvArguments* a, const void* x, const float* 
   std::fill_n(factors, 2 * lanes, 0.0f);
   for (int64_t i = 0; factor && i < channels; ++i) factors[i] = factor[i] * source.scale;
   if (bias) std::copy_n(bias, channels, biases);
-  const bool square = is_square(p) && pairs_that_fit(source, a->w_bits) >= 5;
+  const bool square = is_square(p) && pairs_that_fit(source.largest(), 1 << (a->w_bits - 1)) >= 5;
   const Bands bands(p, static_cast<int>(a->threads));
   const Call call{*a, p, source, bands, weights, start.get(), factors, bias ? biases : nullptr, sample_factor,
                   static_cast<uint8_t*>(out), square};

@@ -168,7 +168,7 @@ BE_EXPORT void be_grad_weight(const Geometry* geometry, int rows_are_gradient, c
           for (int64_t r = 0; r < here; r += 16)
             runs[run_count++] = static_cast<uint8_t>(std::min<int64_t>(16, here - r));
           multiply({at, here, &all, 1, depth, panel.get(), 16 * depth, (columns_here + 15) / 16, totals, runs,
-                    run_count, 32767 / (2 * row_most * center), nullptr, &setup});
+                    run_count, pairs_that_fit(row_most, center), nullptr, &setup});
           for (int64_t r = 0; r < here; ++r) {
             const int64_t row = group * row_channels + r0 + r;
             const int32_t of_row = static_cast<int32_t>((center - column_zero) * (row_sums[row] - row_zero * count));

@@ -19,7 +19,7 @@ struct Area {
   const int32_t* zero_sum;    // (groups * blocks * 16): `zero` times the sum of the weights of its taps
 };
 
-// The regions of a phase that the kernel in use takes apart. pairs: see Tile.
+// The regions of a phase that the kernel in use takes apart. pairs: of pairs_that_fit.
 std::vector<Region> regions_in_use(const Product& product, const Phase& phase, int64_t pairs);
 
 // Those of a phase, in which the pixels of one come after those of another.

@@ -20,7 +20,7 @@ struct Call {
   int64_t out_sample, out_channel, out_step[3];  // strides of the result in elements
   int64_t element_bytes;
 
-  int64_t pairs() const { return 32767 / (2 * largest * largest_weight); }  // see Tile
+  int64_t pairs() const { return pairs_that_fit(largest, largest_weight); }
 };
 
 }  // namespace bitorch_engine

@@ -13,6 +13,11 @@ namespace bitorch_engine {
 // The signed code of index 0; at 1 bit the codes are -1 and +1.
 static constexpr int lowest_code(int bits) { return bits == 1 ? -1 : -(1 << (bits - 1)); }
 
+// So many sums of two products fit 16 bits together, where factors are no larger than these.
+static inline int64_t pairs_that_fit(int64_t largest, int64_t largest_weight) {
+  return 32767 / (2 * largest * largest_weight);
+}
+
 struct Results;
 
 // What a kernel leaves set up from tile to tile, on one thread: the shape of the matrix unit's registers, which takes
@@ -49,7 +54,7 @@ struct Tile {
   // The rows as runs of at most 16 that are equally far apart, for the matrix unit; others need no runs.
   const uint8_t* runs;
   int64_t run_count;
-  int64_t pairs;  // so many sums of two products fit 16 bits together
+  int64_t pairs;  // of pairs_that_fit
   const Results* results;  // or null
   Setup* setup;
 };

@@ -1,6 +1,7 @@
 #include "depthwise/depthwise.h"
 
 #include "lanes.h"
+#include "qconv/qconv.h"
 
 namespace bitorch_engine {
 namespace {
@@ -37,7 +38,7 @@ Written multiply(DepthwiseFunction kernel, Random& random) {
   line.start = start.data();
   line.factor = factor.data();
   line.bias = random.flip() ? bias.data() : nullptr;
-  line.fit = 32767 / (2 * largest * largest_weight);
+  line.fit = pairs_that_fit(largest, largest_weight);
   line.out = out.data();
   kernel(line);
   return Written().add(out);

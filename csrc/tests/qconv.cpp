@@ -28,7 +28,7 @@ Written multiply(MultiplyFunction kernel, Random& random) {
   Setup setup;
   Tile tile{rows.data(), count, reads.data(), static_cast<int64_t>(reads.size()), depth, weights.data(), block_bytes,
             blocks, totals.data(), runs.data(), static_cast<int64_t>(runs.size()),
-            32767 / (2 * largest * largest_weight), nullptr, &setup};
+            pairs_that_fit(largest, largest_weight), nullptr, &setup};
   if (random.flip()) {
     kernel(tile);
     return Written().add(totals);

@@ -103,7 +103,7 @@ class GradientPart {
 
   // The gradients of a tile. Of pixels and channels that are not there, 0.
   void copy(int64_t b, int64_t tile, int8_t (*to)[UNIT]) const {
-    const Tile at = grid_.at(tile);
+    const Position at = grid_.at(tile);
     const int64_t all = p_.groups * p_.result_channels, channels = std::min(UNIT, p_.result_channels - b * UNIT);
     const int64_t height = std::min(SIDE, phase_.count[1] - at.line * SIDE);
     const int64_t width = std::min(SIDE, phase_.count[2] - at.column * SIDE);

@@ -12,7 +12,8 @@ namespace winograd {
 // Whether the phase is all of a 3x3 convolution of stride 1, of a plane, not dilated, and the kernels are there.
 bool is_plain(const Product& product, const Phase& phase);
 
-struct Tile {
+// Of a tile, in tiles.
+struct Position {
   int64_t sample, line, column;
 };
 
@@ -25,7 +26,7 @@ struct Grid {
         columns((phase.count[2] + SIDE - 1) / SIDE),
         tiles(p.batch * lines * columns) {}
 
-  Tile at(int64_t tile) const {
+  Position at(int64_t tile) const {
     const int64_t line = tile / columns;
     return {line / lines, line % lines, tile % columns};
   }
@@ -35,7 +36,7 @@ struct Grid {
   // cancels; those at the edge of the image are taken.
   void locate(const Product& p, const Phase& phase, const uint8_t* image, int64_t tile, const uint8_t** starts,
               int64_t* steps) const {
-    const Tile t = at(tile);
+    const Position t = at(tile);
     const int64_t* shift = phase.taps[0].shift;
     const int64_t y = t.line * SIDE + shift[1] + p.before[1], x = t.column * SIDE + shift[2] + p.before[2];
     const int64_t plane = t.sample * p.padded[0] + shift[0] + p.before[0];

@@ -44,7 +44,7 @@ bool faster(const Product& p, const Phase& phase, const std::vector<Region>& reg
 
 // Tiles of one line that follow each other.
 struct Segment {
-  Tile first;
+  Position first;
   int64_t count;
 };
 
@@ -79,7 +79,7 @@ class ForwardPart {
       const int64_t count = std::min(tiles_, last_tile - first);
       Segment* end = segments.get();
       for (int64_t tile = first; tile < first + count; tile += end++->count) {
-        const Tile at = grid_.at(tile);
+        const Position at = grid_.at(tile);
         *end = {at, std::min(grid_.columns - at.column, first + count - tile)};
       }
       read(first, count);
@@ -207,6 +207,6 @@ using namespace bitorch_engine;
 // Whether codes of x_bits times weights of w_bits go this way. For tests.
 BE_EXPORT int be_winograd_suits(const Geometry* geometry, int scatter, int x_bits, int w_bits) {
   const Product p(*geometry, scatter, true);
-  const int64_t largest = x_bits == 1 ? 2 : (1 << x_bits) - 1, pairs = 32767 / (2 * (largest << (w_bits - 1)));
+  const int64_t largest = x_bits == 1 ? 2 : (1 << x_bits) - 1, pairs = pairs_that_fit(largest, 1 << (w_bits - 1));
   return winograd::suits(p, p.phases[0], regions_in_use(p, p.phases[0], pairs), pairs);
 }

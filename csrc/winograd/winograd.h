@@ -75,7 +75,7 @@ extern const Kernel<PixelsFunction> pixels_kernel;
 extern const Kernel<MultiplyFunction> multiply_kernel;
 extern const Kernel<TotalsFunction> totals_kernel;
 
-// Whether the phase is such a convolution, and faster so than in those regions. pairs: see qconv's Tile.
+// Whether the phase is such a convolution, and faster so than in those regions. pairs: of pairs_that_fit.
 bool suits(const Product& product, const Phase& phase, const std::vector<Region>& regions, int64_t pairs);
 // All of its results.
 void multiply_all(const Call& call, const Phase& phase, int threads);
