@@ -131,10 +131,10 @@ def quantize_gradient(
 
 
 def _in_order(x: Tensor) -> tuple[Tensor, bool]:
-    """The values with no gaps between them, and whether they are in channels-last order."""
+    """The values with no gaps between them, and whether they are in channels-last order: so are those of one pixel."""
     if is_channels_last(x):
         return x.movedim(1, -1).contiguous().movedim(-1, 1), True
-    return x.contiguous(), False
+    return x.contiguous(), _sizes(x)[2] == 1
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
