@@ -64,9 +64,10 @@ void check_update(Agreement& agreement) {
     std::vector<uint16_t> halves;
     for (float x : grad) halves.push_back(to_bfloat16(x));
     const bool bf16 = random.flip();
-    std::vector<float> scratch(512);
-    return Written().add(mean_square(bf16 ? static_cast<const void*>(halves.data()) : grad.data(), bf16, 0.3f,
-                                     static_cast<int64_t>(grad.size()), scratch.data()));
+    const void* values = bf16 ? static_cast<const void*>(halves.data()) : grad.data();
+    const int64_t count = static_cast<int64_t>(grad.size());
+    std::vector<float> scratch(mean_square_scratch(count));
+    return Written().add(mean_square(values, bf16, 0.3f, count, scratch.data(), values, 0));
   });
   agreement.check(within_kernel, 200, [](WithinFunction within, Random& random) {
     std::vector<float> values(random.between(0, 200));

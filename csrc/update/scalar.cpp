@@ -138,8 +138,9 @@ struct Scalar {
 
 void update_scalar(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Scalar>(rule, blocks); }
 
-float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  return mean_square_here<Scalar>(grad, bf16, factor, count, scratch);
+float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch, const void* ahead,
+                         int64_t stride) {
+  return mean_square_here<Scalar>(grad, bf16, factor, count, scratch, ahead, stride);
 }
 
 bool within_scalar(const float* values, int64_t count, float limit) {

@@ -160,12 +160,14 @@ BE_EXPORT void be_mean_squares(const void* grad, int bf16, float factor, int64_t
                                int threads) {
   const auto kernel = mean_square_kernel.pick();
   parallel_for(rows, GRAIN / columns + 1, threads, [=](int64_t first, int64_t last) {
-    int64_t half = 1;
-    while (2 * half < columns) half *= 2;
-    const std::unique_ptr<float[]> scratch(new float[half]);
-    for (int64_t row = first; row < last; ++row) {
-      const void* values = static_cast<const uint8_t*>(grad) + row * columns * (bf16 ? 2 : 4);
-      squares[row] = kernel(values, bf16, factor, columns, scratch.get());
+    const std::unique_ptr<float[]> scratch(new float[mean_square_scratch(columns)]);
+    const uint8_t* values = static_cast<const uint8_t*>(grad);
+    const int64_t bytes = columns * (bf16 ? 2 : 4), quarter = (last - first) / 4;
+    // In turn one row of each quarter of them, for the processor to fetch four streams, which are faster than one.
+    for (int64_t i = 0; i < last - first; ++i) {
+      const int64_t turn = i % 4, row = i < 4 * quarter ? first + turn * quarter + i / 4 : first + i;
+      const uint8_t* ahead = values + (first + i / 4 + 1) * bytes + turn * bytes / 4;
+      squares[row] = kernel(values + row * bytes, bf16, factor, columns, scratch.get(), ahead, quarter * bytes);
     }
   });
 }

@@ -48,12 +48,23 @@ void update_avx2(const StepRule& rule, const Blocks& blocks);
 void update_avx512(const StepRule& rule, const Blocks& blocks);
 
 // Mean square of `count` elements times the factor, added up in the order of the reference's tree_sum.
-// scratch: as many floats as the largest power of two below count.
-using MeanSquareFunction = float (*)(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+// scratch: mean_square_scratch(count) floats. ahead: where one begins to ask for a quarter of a later row, and of three
+// more, `stride` bytes apart.
+using MeanSquareFunction = float (*)(const void* grad, int bf16, float factor, int64_t count, float* scratch,
+                                     const void* ahead, int64_t stride);
 
-float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch);
-float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch);
-float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch);
+inline constexpr int64_t mean_square_scratch(int64_t count) {  // the power of two from there on
+  int64_t floats = 1;
+  while (floats < count) floats *= 2;
+  return floats;
+}
+
+float mean_square_scalar(const void* grad, int bf16, float factor, int64_t count, float* scratch, const void* ahead,
+                         int64_t stride);
+float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch, const void* ahead,
+                       int64_t stride);
+float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch, const void* ahead,
+                         int64_t stride);
 
 // Whether all elements lie between -limit and limit, a number; false for NaN.
 using WithinFunction = bool (*)(const float* values, int64_t count, float limit);

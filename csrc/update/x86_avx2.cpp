@@ -265,8 +265,9 @@ struct Avx2 {
 
 void update_avx2(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Avx2>(rule, blocks); }
 
-float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  return mean_square_here<Avx2>(grad, bf16, factor, count, scratch);
+float mean_square_avx2(const void* grad, int bf16, float factor, int64_t count, float* scratch, const void* ahead,
+                       int64_t stride) {
+  return mean_square_here<Avx2>(grad, bf16, factor, count, scratch, ahead, stride);
 }
 
 bool within_avx2(const float* values, int64_t count, float limit) { return within_here<Avx2>(values, count, limit); }

@@ -272,8 +272,9 @@ struct Avx512 {
 
 void update_avx512(const StepRule& rule, const Blocks& blocks) { step_any_blocks<Avx512>(rule, blocks); }
 
-float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch) {
-  return mean_square_here<Avx512>(grad, bf16, factor, count, scratch);
+float mean_square_avx512(const void* grad, int bf16, float factor, int64_t count, float* scratch, const void* ahead,
+                         int64_t stride) {
+  return mean_square_here<Avx512>(grad, bf16, factor, count, scratch, ahead, stride);
 }
 
 bool within_avx512(const float* values, int64_t count, float limit) {
