@@ -13,7 +13,7 @@
 //   load4, store4      floats
 //   load_tops4, store_tops4      16 bits each, from and to the upper half of an integer
 //   load_halves4, store_halves4  float16
-//   load_codes4<cut, is_signed>  8 bits each, widened, times 2**cut
+//   load_codes4<cut, is_signed>  8 bits each, times 2**cut, of which the uppermost is a sign, bit 31, if is_signed
 //   store_signed4      sign (bit 12) and x - base, 0 .. 127, as bytes
 //   store_positive4    x - base, 0 .. 255, as bytes, but 1 at least where the integer of the value is above 0
 //   move_levels4       bytes plus 9-bit integers, clamped to 0 .. 255
@@ -30,16 +30,11 @@
 namespace bitorch_engine {
 namespace {
 
-template <class S>
-static inline typename S::I hash(typename S::I x) {  // reference/noise.py
-  x = S::mul(S::xor_(x, S::template right<16>(x)), S::ints(0x7FEB352D));
-  x = S::mul(S::xor_(x, S::template right<15>(x)), S::ints(static_cast<int32_t>(0x846CA68Bu)));
-  return S::xor_(x, S::template right<16>(x));
-}
+constexpr uint32_t HASH_FIRST = 0x7FEB352D, HASH_SECOND = 0x846CA68B;  // reference/noise.py
 
 static inline uint32_t hash_word(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7FEB352Du;
-  x = (x ^ x >> 15) * 0x846CA68Bu;
+  x = (x ^ x >> 16) * HASH_FIRST;
+  x = (x ^ x >> 15) * HASH_SECOND;
   return x ^ x >> 16;
 }
 
@@ -144,9 +139,8 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       if constexpr (is_signed) {
-        const auto sized = S::add(S::and_(codes[k], S::ints(INT32_MIN | 0x7F << cut_bits)), unit_bits);
         const auto base = S::with_sign(unit_bits, codes[k]);
-        values[k] = S::sub(S::as_float(sized), S::as_float(base));
+        values[k] = S::sub(S::as_float(S::add(codes[k], unit_bits)), S::as_float(base));
       } else {
         values[k] = S::sub(S::as_float(S::add(codes[k], unit_bits)), unit);
       }
@@ -192,40 +186,55 @@ struct Moment<S, MOMENT_8BIT, is_signed> {
   }
 };
 
-// Asks for what is needed a few blocks on: the processor's own guesses do not cover five streams.
-template <MomentKind first_kind, MomentKind second_kind>
-static inline void prefetch(const StepRule& rule, const Blocks& blocks, int64_t block) {
-  constexpr int64_t ahead = 16;
-  const auto lines = [=](const void* base, int64_t bytes) __attribute__((always_inline)) {  // of a block
-    const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>((block + ahead) * bytes);
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + byte));
-  };
-  if (rule.grad_bf16) {
-    lines(blocks.grad, 2 * BLOCK);
-  } else {
-    lines(blocks.grad, 4 * BLOCK);
-  }
-  if constexpr (first_kind != NONE) lines(blocks.first, moment_bytes(first_kind));
-  if constexpr (second_kind != NONE) lines(blocks.second, moment_bytes(second_kind));
+static inline uint32_t key_at(uint32_t key, int64_t start) {
+  const uint32_t above = static_cast<uint32_t>(start >> 32);
+  return above ? key ^ hash_word(above) : key;
 }
 
-// Noise of four vectors in the first half of a block, whose elements begin at `start`; the second half has a multiple
-// of it.
+// Noise of the first half of a block, in fours; the second half has a multiple of it. Places in the half are below 64,
+// so that the hash of place ^ x begins with place ^ y, y = x ^ x >> 16, times a factor: the product of y's upper bits,
+// plus that of its lowest six and the place, which few blocks find changed.
 template <class S>
-ALWAYS_INLINE static inline void noise4(uint32_t key, int64_t start, const typename S::I* lanes, typename S::I* out) {
-  const auto base = S::ints(static_cast<int32_t>(key ^ static_cast<uint32_t>(start)));
+class Noise {
+ public:
+  Noise() { S::lanes4(lanes_); }
+
+  ALWAYS_INLINE void begin_block(uint32_t key, int64_t start) {
+    const uint32_t x = key_at(key, start) ^ static_cast<uint32_t>(start), y = x ^ x >> 16;
+    if ((y & PLACES) != low_) lay_out(y & PLACES);
+    upper_ = S::ints(static_cast<int32_t>((y & ~PLACES) * HASH_FIRST));
+  }
+
+  ALWAYS_INLINE void load4(int i, typename S::I* out) const {
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) out[k] = hash<S>(S::xor_(lanes[k], base));  // start has no bit of a place
-}
+    for (int k = 0; k < 4; ++k) {
+      auto x = S::add(S::load_int(products_ + i + k * S::width), upper_);
+      x = S::mul(S::xor_(x, S::template right<15>(x)), S::ints(static_cast<int32_t>(HASH_SECOND)));
+      out[k] = S::xor_(x, S::template right<16>(x));
+    }
+  }
+
+ private:
+  static constexpr uint32_t PLACES = BLOCK / 2 - 1;
+  alignas(64) int32_t products_[BLOCK / 2];
+  typename S::I lanes_[4], upper_;
+  uint32_t low_ = ~0u;
+
+  void lay_out(uint32_t low) {
+    low_ = low;
+    for (int i = 0; i < BLOCK / 2; i += 4 * S::width) {
+      const auto start = S::ints(static_cast<int32_t>(low ^ static_cast<uint32_t>(i)));
+      for (int k = 0; k < 4; ++k) {
+        const auto product = S::mul(S::xor_(lanes_[k], start), S::ints(static_cast<int32_t>(HASH_FIRST)));
+        S::store_int(products_ + i + k * S::width, product);
+      }
+    }
+  }
+};
 
 template <class S>
 static inline typename S::I noise_of_second_half(typename S::I noise) {
   return S::mul(noise, S::ints(static_cast<int32_t>(0xAD166959u)));
-}
-
-static inline uint32_t key_at(uint32_t key, int64_t start) {
-  const uint32_t above = static_cast<uint32_t>(start >> 32);
-  return above ? key ^ hash_word(above) : key;
 }
 
 // Levels at `p` by four vectors of moves, in units of 2**-23 levels.
@@ -283,7 +292,14 @@ static inline uint8_t* residual_at(const StepRule& rule, const Blocks& blocks, i
   return blocks.residual + block * (BLOCK / 8) * (8 - rule.bits);
 }
 
-// Without moments: the gradient times the rate is the move.
+// Inlined, always: GCC takes a function that does nothing else for one without effect, and leaves it out.
+ALWAYS_INLINE static inline void ask_for_grad(const StepRule& rule, const Blocks& blocks, int64_t block) {
+  const int64_t bytes = BLOCK * (rule.grad_bf16 ? 2 : 4);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(blocks.grad) + static_cast<uintptr_t>(block * bytes);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + line));
+}
+
+// Without moments, memory is what takes time: the gradient times the rate is the move.
 template <class S>
 static void move_blocks(const StepRule& rule, const Blocks& blocks) {
   using F = typename S::F;
@@ -292,20 +308,19 @@ static void move_blocks(const StepRule& rule, const Blocks& blocks) {
   const auto planes = S::planes(rule.bits);
   alignas(64) uint8_t levels[BLOCK];
   alignas(64) float wide[BLOCK], rates[BLOCK];
-  I lanes[4];
-  S::lanes4(lanes);
+  Noise<S> half_noise;
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t start = blocks.start + block * BLOCK;
-    prefetch<NONE, NONE>(rule, blocks, block);
+    ask_for_grad(rule, blocks, block + 16);
     lay_out_rates<S>(blocks, block, rates);
     const float* grad = float_grad<S>(rule, blocks, block, wide);
     uint8_t* packed = packed_at(rule, blocks, block);
     uint8_t* residual = residual_at(rule, blocks, block);
     S::read_levels(planes, packed, residual, levels);
-    const uint32_t key = key_at(rule.key, start);
+    half_noise.begin_block(rule.key, start);
     for (int i = 0; i < half; i += four) {
       I noise[4];
-      noise4<S>(key, start + i, lanes, noise);
+      half_noise.load4(i, noise);
       for (int at = i; at < BLOCK; at += half) {
         F move[4];
         S::load4(grad + at, move);
@@ -329,12 +344,11 @@ struct alignas(64) Passing {
 };
 
 template <class S>
-ALWAYS_INLINE static inline void make_noise(const StepRule& rule, int64_t start, const typename S::I* lanes,
-                                            Passing& to) {
-  const uint32_t key = key_at(rule.key, start);
+ALWAYS_INLINE static inline void make_noise(Noise<S>& half_noise, uint32_t key, int64_t start, Passing& to) {
+  half_noise.begin_block(key, start);
   for (int i = 0; i < BLOCK / 2; i += 4 * S::width) {
     typename S::I noise[4];
-    noise4<S>(key, start + i, lanes, noise);
+    half_noise.load4(i, noise);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       S::store_int(to.noise + i + k * S::width, noise[k]);
@@ -360,8 +374,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   Passing passing[3];
   const F beta1 = S::floats(rule.beta1), rest1 = S::floats(rule.rest1);
   const F beta2 = S::floats(rule.beta2), rest2 = S::floats(rule.rest2), least = S::floats(rule.least);
-  I lanes[4];
-  S::lanes4(lanes);
+  Noise<S> half_noise;
 
   const auto finish = [&](int64_t block, Passing& from) __attribute__((always_inline)) {
     uint8_t* packed = packed_at(rule, blocks, block);
@@ -383,9 +396,8 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   };
 
   Passing *before = passing, *now = passing + 1, *next = passing + 2;
-  make_noise<S>(rule, blocks.start, lanes, *now);
+  make_noise<S>(half_noise, rule.key, blocks.start, *now);
   for (int64_t block = 0; block < blocks.count; ++block) {
-    prefetch<first_kind, second_kind>(rule, blocks, block);
     lay_out_rates<S>(blocks, block, rates);
     const float* grad = float_grad<S>(rule, blocks, block, wide);
     First first(static_cast<uint8_t*>(blocks.first) + block * moment_bytes(first_kind), &now->first);
@@ -421,7 +433,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
     }
     first.settle();
     second.settle();
-    if (block + 1 < blocks.count) make_noise<S>(rule, blocks.start + (block + 1) * BLOCK, lanes, *next);
+    if (block + 1 < blocks.count) make_noise<S>(half_noise, rule.key, blocks.start + (block + 1) * BLOCK, *next);
     if (block > 0) finish(block - 1, *before);
     Passing* free = before;
     before = now;

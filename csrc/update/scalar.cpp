@@ -102,7 +102,7 @@ struct Scalar {
   }
   template <int cut, bool is_signed>
   static void load_codes4(const uint8_t* p, I* out) {
-    for (int k = 0; k < 4; ++k) out[k] = left<cut>(is_signed ? static_cast<int8_t>(p[k]) : p[k]);
+    for (int k = 0; k < 4; ++k) out[k] = is_signed ? (p[k] & 0x80) << 24 | (p[k] & 0x7F) << cut : p[k] << cut;
   }
   static void store_signed4(uint8_t* p, int32_t base, const I* in) {
     for (int k = 0; k < 4; ++k) p[k] = static_cast<uint8_t>((in[k] >> 5 & 0x80) | ((in[k] - base) & 0x7F));

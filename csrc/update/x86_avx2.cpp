@@ -131,11 +131,14 @@ struct Avx2 {
   template <int cut, bool is_signed>
   static void load_codes4(const uint8_t* p, I* out) {
     const __m256i zero = _mm256_setzero_si256(), bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i even = _mm256_unpacklo_epi8(zero, bytes), odd = _mm256_unpackhi_epi8(zero, bytes);
+    const auto in_place = [](__m256i words) {  // as the upper halves, which have all bits of the result
+      if constexpr (!is_signed) return _mm256_srli_epi16(words, 24 - cut);
+      return _mm256_and_si256(_mm256_srai_epi16(words, 24 - cut),
+                              _mm256_set1_epi16(static_cast<int16_t>(0x8000 | 0x7F << (cut - 16))));
+    };
+    const __m256i even = in_place(_mm256_unpacklo_epi8(zero, bytes)), odd = in_place(_mm256_unpackhi_epi8(zero, bytes));
     out[0] = _mm256_unpacklo_epi16(zero, even), out[1] = _mm256_unpackhi_epi16(zero, even);
     out[2] = _mm256_unpacklo_epi16(zero, odd), out[3] = _mm256_unpackhi_epi16(zero, odd);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) out[k] = is_signed ? right_signed<24 - cut>(out[k]) : right<24 - cut>(out[k]);
   }
   static void store_signed4(uint8_t* p, int32_t base, const I* in) {
     const __m256i even = signed_codes(_mm256_packus_epi32(in[0], in[1]), base);
@@ -184,8 +187,10 @@ struct Avx2 {
       const __m256i even =
           _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(index, low), 4), _mm256_and_si256(rest, low));
       const __m256i odd = _mm256_or_si256(_mm256_andnot_si256(low, index), _mm256_and_si256(right<4>(rest), low));
-      store_apart(levels + i, levels + i + 32, _mm256_unpacklo_epi8(even, odd));
-      store_apart(levels + i + 16, levels + i + 48, _mm256_unpackhi_epi8(even, odd));
+      const __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
+      const auto at = reinterpret_cast<__m256i*>(levels + i);  // whole vectors, as they are read: halves would wait
+      _mm256_store_si256(at, _mm256_permute2x128_si256(first, second, 0x20));
+      _mm256_store_si256(at + 1, _mm256_permute2x128_si256(first, second, 0x31));
     }
   }
   static void write_nibbles(const uint8_t* levels, uint8_t* packed, uint8_t* residual) {

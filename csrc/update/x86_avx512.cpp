@@ -200,6 +200,7 @@ struct Avx512 {
     for (int k = 0; k < 4; ++k) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k));
       out[k] = left<cut>(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+      if constexpr (is_signed) out[k] = and_(out[k], ints(INT32_MIN | 0x7F << cut));
     }
   }
   // From the order of packing four vectors to that of the elements, and back: a transposition.

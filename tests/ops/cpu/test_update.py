@@ -91,6 +91,13 @@ def test_every_width_gives_the_bits_of_the_reference(isa: str, bits: int) -> Non
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("moment", ["none", "bf16"])
+def test_rows_beyond_65536_elements_give_the_bits_of_the_reference(isa: str, moment: str) -> None:
+    with cpu.cap_isa(isa):
+        agree(4, (2, 70_000), moment, moment, gradients((2, 70_000)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "changed",
     [
