@@ -142,9 +142,9 @@ void multiply_fours(const WeightRows& weights, const Digits& x, float* sums) {
   }
 }
 
-// Where 16 packed values are in 16 bytes, and how they become floats without a conversion: a value stays in those of its
-// bits where it lies, `offset` bits up in two bytes, as the fraction of a float whose exponent is less by so much, which
-// then is 2**(23 - offset) + value.
+// Where 16 packed values are in 16 bytes, and how they become floats without a conversion. A value stays where it lies,
+// `offset` bits up in two bytes, and these are the lower half of a float whose exponent is less by so much: it then is
+// 2**(23 - offset) + value.
 struct alignas(32) Positions {
   uint8_t bytes[32];      // two that hold the value; words lie so that they unpack in order
   uint16_t masks[16];     // the bits of the value in them
@@ -154,7 +154,7 @@ struct alignas(32) Positions {
   constexpr explicit Positions(int bits) : bytes(), masks(), exponents(), lows() {
     for (int word = 0; word < 16; ++word) {
       const int column = word / 8 * 4 + word % 8 + word % 8 / 4 * 4, byte = column * bits / 8;
-      // Of 1 bit twice the value is the fraction: there a byte is the upper one of two, so that the float has bits for 1.
+      // Of 1 bit the float is twice the value. There a byte is the upper one of two, so that 1 can be added exactly.
       const int offset = column * bits % 8 + (bits == 1 ? 8 : 0), exponent = 23 - offset + (bits == 1);
       bytes[2 * word] = static_cast<uint8_t>(bits == 1 ? 0x80 : byte);
       bytes[2 * word + 1] = static_cast<uint8_t>(bits == 1 ? byte : byte < 15 ? byte + 1 : 0x80);

@@ -40,7 +40,8 @@ std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Ran
     weights.push_back(packed.data() + c * row_bytes);
     scales_of.push_back(weight_scales.data() + c * scale_count);
   }
-  dot({weights.data(), group ? scales_of.data() : nullptr, channels, row_bytes, bits, nullptr}, to.data(), rows, sums.data());
+  const float* const* of_groups = group ? scales_of.data() : nullptr;
+  dot({weights.data(), of_groups, channels, row_bytes, bits, nullptr}, to.data(), rows, sums.data());
   float largest = group ? 0 : 1;
   for (float scale : weight_scales) largest = std::max(largest, std::fabs(scale));
   std::vector<Near> found;
