@@ -138,6 +138,21 @@ def _fill_(func: Any, x: "PackedParameter", value: Any = 0) -> "PackedParameter"
     return x
 
 
+@_handles(aten.resize_.default, aten.resize_as_.default)
+def _resize_(func: Any, x: "PackedParameter", size: Any, *, memory_format: Any = None) -> "PackedParameter":
+    """Its own size changes nothing: codes have one order in memory, whatever the order asked for."""
+    size = tuple(size.shape if isinstance(size, Tensor) else size)
+    if size != tuple(x.shape):
+        raise NotImplementedError(_SHAPE_STAYS.format(func, type(x).__name__))
+    return x
+
+
+_SHAPE_STAYS = (
+    "{} is not supported for packed weights, whose shape and memory cannot be changed in place: change "
+    "weight.dequantize(), and make a new {} of it."
+)
+
+
 @_handles(aten.erfinv_.default)
 def _erfinv_(func: Any, x: "PackedParameter") -> "PackedParameter":
     raise NotImplementedError(
@@ -161,10 +176,12 @@ def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ..
             "foreach=False and fused=False, or use bitorch_engine.optim.DiodeMix."
         )
     if not any(isinstance(args[i], packed_type) for i in written if i < len(args)):
-        if any(isinstance(value, packed_type) for value in (kwargs.get("out"),)):
+        if isinstance(kwargs.get("out"), packed_type):
             raise NotImplementedError(f"out= cannot be a packed weight (in {func}); use its copy_ instead.")
         args, kwargs = _dequantize((args, kwargs), packed_type)
         return func(*args, **kwargs)
+    if torch.Tag.inplace_view in func.tags:
+        raise NotImplementedError(_SHAPE_STAYS.format(func, type(args[0]).__name__))
     if written != [0]:
         raise NotImplementedError(f"{func} is not supported for packed weights; work on weight.dequantize().")
     x = args[0]

@@ -220,6 +220,35 @@ class TestWritesOfTheWhole:
         with torch.no_grad(), pytest.raises(ValueError, match="a packed weight of .* cannot take one of"):
             weight.copy_(nBitConvParameter(torch.randn(4, 4), **other))
 
+    def test_another_memory_order_leaves_it_as_it_is(self) -> None:
+        layer = nBitConv2d(3, 8, 3)
+        values = layer.weight.dequantize()
+        nn.utils.convert_conv2d_weight_memory_format(layer, torch.channels_last)
+        assert torch.equal(layer.weight.dequantize(), values)
+        layer.weight.data.resize_as_(torch.empty(8, 3, 3, 3, dtype=torch.float64))
+        assert torch.equal(layer.weight.dequantize(), values)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda w: w.t_(),
+            lambda w: w.transpose_(0, 1),
+            lambda w: w.unsqueeze_(0),
+            lambda w: w.squeeze_(),
+            lambda w: w.resize_(3, 2),
+            lambda w: w.resize_as_(torch.empty(3)),
+            lambda w: w.as_strided_((3,), (1,)),
+            lambda w: w.set_(torch.empty(2, 3)),
+        ],
+    )
+    def test_another_shape_is_refused_and_changes_nothing(self, change: Callable[..., Any]) -> None:
+        weight = nBitConvParameter(torch.randn(2, 3), w_bit=4)
+        values = weight.dequantize()
+        with pytest.raises(NotImplementedError, match="shape and memory cannot be changed in place"):
+            change(weight.data)
+        assert weight.shape == (2, 3) and torch.equal(weight.dequantize(), values)
+        weight.data.detach_()
+
     def test_a_write_tells_autograd(self) -> None:
         weight = nBitConvParameter(torch.randn(2, 3), w_bit=4)
         y = (weight * weight).sum()
