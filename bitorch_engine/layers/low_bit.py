@@ -200,6 +200,21 @@ class LowBitLayer(nn.Module):
         plan would notice."""
         return "bias" in self._parameters
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What moves and casts modules. torch swaps a tensor subclass for another one, which loses hooks and attributes
+        and fails while a graph or a weak reference holds it; a packed parameter stays the same here, as others do."""
+        parameters = self._parameters
+        moved = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if isinstance(parameter, PackedParameter) and parameter.convert_(fn)
+        }
+        parameters.update(dict.fromkeys(moved))  # torch passes over what is None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            parameters.update(moved)
+
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What torch.nn.Module calls instead of forward while torch.jit traces; which then fails with an assertion."""
         raise NotImplementedError(

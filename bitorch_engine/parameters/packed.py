@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -346,6 +347,24 @@ class PackedParameter(nn.Parameter):
         else:
             self._add_(rows - self.level_values())
         self.count_version_()
+
+    def convert_(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Become what ``fn`` makes of this weight (on another device, of another dtype), with its gradient; hooks,
+        attributes and whoever refers to it stay. False, with nothing done, where torch cannot turn one into the other:
+        from and to the meta device."""
+        with torch.no_grad():
+            converted = fn(self)
+            if not isinstance(converted, PackedParameter):
+                self.data = converted
+            elif converted is not self:
+                if not torch._has_compatible_shallow_copy_type(self, converted):
+                    return False
+                torch.Tensor.data.__set__(self, converted)  # type: ignore[attr-defined]
+                for name, value in converted._inner().items():
+                    setattr(self, name, value)
+            if self.grad is not None:
+                self.grad.data = fn(self.grad)
+        return True
 
     def multiply_channels_(self, factor: Tensor) -> None:
         """Multiply each output channel by a number, (R,), which may be negative or 0: the scales take it, exactly but

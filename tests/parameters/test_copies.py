@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bitorch_engine as be
 from bitorch_engine import nBitConv2d, nBitConvParameter, nBitConvTranspose1d
 
 TRAINED = ("packed", "channel_scale", "residual", "scale_moments", "w_bit", "transposed_groups", "learn_scale",
@@ -177,8 +179,54 @@ class TestModules:
     def test_gradients_move_with_the_module(self) -> None:
         layer = self.layer()
         layer(torch.randn(1, 2, 5, 5)).sum().backward()
+        grad, values = layer.weight.grad, layer.weight.grad.bfloat16()
         layer.to(torch.bfloat16)
-        assert layer.weight.grad is None or layer.weight.grad.dtype == torch.bfloat16
+        assert layer.weight.grad is grad and torch.equal(grad, values)
+
+    @pytest.mark.parametrize(
+        "move",
+        [lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.double(), lambda m: m.to_empty(device="cpu"),
+         lambda m: m.share_memory(), lambda m: m.to(memory_format=torch.channels_last)],
+        ids=["to", "float", "double", "to_empty", "share_memory", "channels last"],
+    )  # fmt: skip
+    def test_what_belongs_to_a_weight_stays_while_a_graph_and_a_weak_reference_hold_it(
+        self, move: Callable[..., Any]
+    ) -> None:
+        model, called = nn.Sequential(self.layer()), []
+        weight, reference = model[0].weight, weakref.ref(model[0].weight)
+        weight.note = "mine"
+        weight.register_hook(lambda grad: called.append("hook"))
+        weight.register_post_accumulate_grad_hook(lambda p: called.append("after"))
+        y = model(torch.randn(1, 2, 5, 5))
+        move(model)
+        assert model[0].weight is weight is reference() and weight.note == "mine"
+        y.sum().backward()
+        weight.grad = None
+        model[0].reset_parameters()  # what to_empty left
+        model(torch.randn(1, 2, 5, 5, dtype=weight.dtype)).sum().backward()
+        assert called == ["hook", "after"] * 2
+        assert weight.grad.dtype == weight.dtype
+
+    def test_steps_in_backward_go_on_after_moving(self) -> None:
+        layer = self.layer()
+        be.optim.DiodeMix(layer.parameters(), lr=1.0).step_in_backward()
+        layer.to("cpu")
+        codes = layer.weight.codes
+        layer(torch.randn(1, 2, 5, 5)).sum().backward()
+        assert not torch.equal(codes, layer.weight.codes) and layer.weight.grad is None
+
+    def test_what_a_function_makes_floats_of_is_written(self) -> None:
+        layer = self.layer(bias=False)
+        weight, values = layer.weight, layer.weight.dequantize()
+        layer._apply(lambda t: t * -1.0)
+        assert layer.weight is weight
+        torch.testing.assert_close(weight.dequantize(), -values, atol=float(weight.channel_scale.max()), rtol=0)
+
+    def test_where_no_layer_holds_a_weight_torch_swaps_it(self) -> None:
+        weights = nn.ParameterList([trained()])
+        before = copy.deepcopy(weights[0])
+        assert weights.double()[0].dtype == torch.float64
+        assert_same(before, weights[0])
 
     def test_an_optimizer_made_before_moving_still_steps_the_weight(self) -> None:
         layer = self.layer()
