@@ -14,6 +14,7 @@ namespace bitorch_engine {
 const Kernel<QuantizeActivationFunction> quantize_activation_kernel{
     "quantize_activation",
     {quantize_activation_scalar, nullptr, BE_X86(quantize_activation_avx2), BE_X86(quantize_activation_avx512)}};
+const Kernel<FloatsFunction> floats_kernel{"floats", {floats_scalar, nullptr, BE_X86(floats_avx2)}};
 
 }  // namespace bitorch_engine
 
@@ -60,9 +61,8 @@ BE_EXPORT void be_quantize_activation(const void* x, int dtype, int64_t samples,
 BE_EXPORT void be_activation_values(const uint8_t* codes, int64_t samples, int64_t channels, int64_t pixels,
                                     int channels_last, const float* scale, const float* low, int bits, float* out,
                                     int threads) {
-  const float step = bits == 1 ? 2.0f : 1.0f, lowest = *low, factor = *scale;
-  const auto convert = [=](const uint8_t* index, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = (static_cast<float>(index[i]) * step + lowest) * factor;
+  const auto convert = [=, floats = floats_kernel.pick()](const uint8_t* index, int64_t count, float* to) {
+    floats(index, count, bits, *low, *scale, to);
   };
   if (channels_last) {
     parallel_for(samples * channels * pixels, 1 << 14, threads, [=](int64_t first, int64_t last) {

@@ -1,4 +1,4 @@
-// Floats become codes: activations (round to nearest) and gradients (stochastic rounding), into channels-last bytes.
+// Activations become codes, rounded to nearest, into channels-last bytes; and codes become floats.
 #pragma once
 
 #include <cstdint>
@@ -37,5 +37,13 @@ bool quantize_activation_avx512(const void* x, Dtype dtype, int64_t pixel_stride
                                 int64_t out_stride, uint8_t* beyond);
 
 extern const Kernel<QuantizeActivationFunction> quantize_activation_kernel;
+
+// out[i] = (index[i] + lowest) * factor; at 1 bit twice the index. Only the product rounds.
+using FloatsFunction = void (*)(const uint8_t* index, int64_t count, int bits, float lowest, float factor, float* out);
+
+void floats_scalar(const uint8_t* index, int64_t count, int bits, float lowest, float factor, float* out);
+void floats_avx2(const uint8_t* index, int64_t count, int bits, float lowest, float factor, float* out);
+
+extern const Kernel<FloatsFunction> floats_kernel;
 
 }  // namespace bitorch_engine

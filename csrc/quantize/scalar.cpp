@@ -51,4 +51,9 @@ bool quantize_activation_scalar(const void* x, Dtype dtype, int64_t pixel_stride
   return odd;
 }
 
+void floats_scalar(const uint8_t* index, int64_t count, int bits, float lowest, float factor, float* out) {
+  const float step = bits == 1 ? 2.0f : 1.0f;
+  for (int64_t i = 0; i < count; ++i) out[i] = (static_cast<float>(index[i]) * step + lowest) * factor;
+}
+
 }  // namespace bitorch_engine

@@ -187,4 +187,16 @@ bool quantize_activation_avx2(const void* x, Dtype dtype, int64_t pixel_stride, 
   return odd;
 }
 
+void floats_avx2(const uint8_t* index, int64_t count, int bits, float lowest, float factor, float* out) {
+  const __m256 steps = _mm256_set1_ps(bits == 1 ? 2.0f : 1.0f), lows = _mm256_set1_ps(lowest);
+  const __m256 factors = _mm256_set1_ps(factor);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(index + i));
+    const __m256 codes = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)), steps, lows);
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(codes, factors));
+  }
+  floats_scalar(index + i, count - i, bits, lowest, factor, out + i);
+}
+
 }  // namespace bitorch_engine

@@ -23,6 +23,7 @@ const Row kernels[] = {
     pack_kernel.row(),
     unpack_kernel.row(),
     quantize_activation_kernel.row(),
+    floats_kernel.row(),
     multiply_kernel.row(),
     decode_kernel.row(),
     finish_kernel.row(),

@@ -25,6 +25,14 @@ void check_quantize(Agreement& agreement) {
                               random.flip() ? beyond.data() : nullptr);
     return Written().add(out).add(beyond).add(odd);
   });
+  agreement.check(floats_kernel, 200, [](FloatsFunction floats, Random& random) {
+    const int bits = static_cast<int>(random.between(1, 8));
+    const std::vector<uint8_t> index = random.bytes(random.between(0, 200), (1 << bits) - 1);
+    std::vector<float> out(index.size());
+    const float lowest = static_cast<float>(-random.between(0, 128)), factor = random.numbers(1, 1)[0];
+    floats(index.data(), static_cast<int64_t>(index.size()), bits, lowest, factor, out.data());
+    return Written().add(out);
+  });
 }
 
 }  // namespace bitorch_engine

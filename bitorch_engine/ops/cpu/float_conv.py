@@ -17,9 +17,10 @@ from bitorch_engine.ops.cpu.quantize import dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import float_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
-from bitorch_engine.ops.reference.layout import new_output
+from bitorch_engine.ops.reference.layout import is_channels_last, new_output
 
 _planned = planned("be_float_conv_planned")
+_decode = planned("be_dequantize_planned")
 
 _MOST_CHANNELS = {"avx2": reference.FEW_CHANNELS, "avx512": 4, "amx": 4}
 """Input channels up to which the kernel is taken, since it is faster than torch's convolution. With AVX-512 nothing was
@@ -36,6 +37,15 @@ class _Planned(ctypes.Structure):
         ("geometry", Geometry),
         *((name, ctypes.c_void_p) for name in ("packed", "scale", "bias")),
         *((name, ctypes.c_int64) for name in ("bits", "channels_last", "threads")),
+    )
+
+
+class _Decoded(ctypes.Structure):
+    """PlannedDequantize of csrc/qconv/dequantize.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "taps", "bits", "threads")),
     )
 
 
@@ -131,13 +141,46 @@ def plan(
     weight_shape: Sequence[int],
     *fields: Any,
 ) -> Plan | None:
-    """A plan of ``conv_weight_only``, where it is the kernel's."""
+    """A plan of ``conv_weight_only``, the kernel's or torch's."""
     if is_short(bias):
         head = (sources, x, packed, channel_scale, bits)
         return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
-    found = _suited(x, bias, weight_shape, fields)
-    if found is None or not can_plan(sources, packed, channel_scale, bias):
+    if x.dtype is not torch.float32 or not can_plan(sources, packed, channel_scale, bias):
         return None
+    found = _suited(x, bias, weight_shape, fields)
     packed = dense(packed, math.prod(weight_shape), bits)
+    if found is None:
+        return _plan_of_torch(x, packed, channel_scale, bits, bias, weight_shape, Convolution(*fields))
     structure = found.structure(packed, channel_scale, bits, bias)
     return make_plan(_planned, structure, found.shape, found.strides, x.dtype, sources, packed, channel_scale, bias)
+
+
+def _plan_of_torch(
+    x: Tensor,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    convolution: Convolution,
+) -> Plan | None:
+    """The weight becomes floats in every call, for torch's convolution."""
+    if convolution.transposed or x.dim() != len(weight_shape):
+        return None
+    channels_last, taps = is_channels_last(x), math.prod(weight_shape[2:])
+    rows, columns = weight_shape[0], math.prod(weight_shape[1:])
+    order = (weight_shape[1], taps) if channels_last else (columns, 1)
+    structure = _Decoded(packed.data_ptr(), channel_scale.data_ptr(), rows, *order, bits, threads())
+    strides = _strides(tuple(weight_shape), channels_last)
+    decode = make_plan(_decode, structure, weight_shape, strides, torch.float32, None, packed, channel_scale, None)
+    made_of = bias
+
+    def plan(
+        x: Tensor, sources: Sequence[Tensor] | None, packed: Tensor, channel_scale: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        if bias is not made_of or (bias is not None and bias.dtype is not torch.float32):
+            return None
+        weight = decode(x, None, packed, channel_scale, None)
+        return None if weight is None else convolution.forward(x, weight, bias)
+
+    return plan

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.utils import prune
 
 from bitorch_engine import nBitConv2d, ops
 from bitorch_engine.bits import bit_format, pack
@@ -276,6 +278,40 @@ def test_a_layer_that_changes_gives_what_it_then_is(channels_last: bool) -> None
         torch.testing.assert_close(layer(x), by_torch(layer, x))
         layer.bias = None
         torch.testing.assert_close(layer(x), by_torch(layer, x))
+
+
+@each_order
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_a_plan_for_torchs_convolution_follows_the_layer(channels_last: bool, bits: int) -> None:
+    layer = nBitConv2d(80, 24, 3, padding=2, dilation=2, groups=2, w_bit=bits)
+    x = torch.randn(2, 80, 7, 9).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+    def check() -> None:
+        for _ in range(2):
+            assert torch.equal(layer(x), by_torch(layer, x))
+            assert order(layer(x)) == order(by_torch(layer, x))
+
+    with torch.no_grad():
+        check()
+        assert layer._plans
+        layer.weight.copy_(torch.randn(layer.weight.shape))
+        check()
+        layer.weight.multiply_channels_(torch.rand(24))
+        check()
+        layer.bias.add_(1)
+        check()
+        layer.bias = torch.nn.Parameter(torch.randn(24))
+        check()
+        layer.bias.data = layer.bias.double()
+        check()
+        layer.bias = None
+        check()
+        layer.weight = nBitConv2d(80, 24, 3, groups=2, w_bit=bits).weight
+        check()
+        prune.random_unstructured(layer, "weight", 0.5)
+        assert torch.equal(layer(x), F.conv2d(x, layer.weight, None, 1, 2, 2, 2))
 
 
 @each_order

@@ -75,13 +75,13 @@ class _Forward(nBitConv):
         return self._convolve(input, *self._padding_and_pad())
 
     def _convolve_floats(self, input: Tensor) -> Tensor:
-        """By torch's own operator, or where pixels have few channels by a kernel that is faster."""
-        few = self.groups == 1 and self.in_channels <= ops.FEW_CHANNELS and self.padding_mode == "zeros"
-        result = self._convolve_few(input) if few and not torch.is_grad_enabled() else None
+        """By torch's own operator, or as planned."""
+        planned = not torch.is_grad_enabled() and self.padding_mode == "zeros"
+        result = self._as_planned(input) if planned else None
         return self._conv_forward(input, *self._operands(input)) if result is None else result
 
-    def _convolve_few(self, input: Tensor) -> Tensor | None:
-        """The result where there is such a kernel; else None."""
+    def _as_planned(self, input: Tensor) -> Tensor | None:
+        """The result where a backend has a plan; else None."""
         result = self.planned(input)
         weight = self._parameters.get("weight")
         if result is None and isinstance(weight, PackedParameter) and self._has_plain_bias():
