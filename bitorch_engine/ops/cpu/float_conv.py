@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitorch_engine.ops.cpu import linear
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import current_isa, threads
@@ -147,12 +148,26 @@ def plan(
         return with_short_bias(lambda copy: plan(*head, copy, weight_shape, *fields), bias)
     if x.dtype is not torch.float32 or not can_plan(sources, packed, channel_scale, bias):
         return None
-    found = _suited(x, bias, weight_shape, fields)
     packed = dense(packed, math.prod(weight_shape), bits)
+    convolution = Convolution(*fields)
+    if _is_of_pixels(x, weight_shape, convolution):  # as in squeeze and excitation
+        out = (x.shape[0], weight_shape[0], *x.shape[2:])
+        made_of = (sources, x.shape[0], packed, channel_scale, bits, bias, x.shape[1])
+        of_rows = linear.plan_rows(*made_of, out, _strides(out, False))
+        if of_rows is not None:
+            return of_rows
+    found = _suited(x, bias, weight_shape, fields)
     if found is None:
-        return _plan_of_torch(x, packed, channel_scale, bits, bias, weight_shape, Convolution(*fields))
+        return _plan_of_torch(x, packed, channel_scale, bits, bias, weight_shape, convolution)
     structure = found.structure(packed, channel_scale, bits, bias)
     return make_plan(_planned, structure, found.shape, found.strides, x.dtype, sources, packed, channel_scale, bias)
+
+
+def _is_of_pixels(x: Tensor, weight_shape: Sequence[int], c: Convolution) -> bool:
+    """Whether a linear layer gives the same: images and kernels have a single pixel."""
+    single = math.prod(x.shape[2:]) == 1 == math.prod(weight_shape[2:])
+    plain = c.groups == 1 and not c.transposed and not any(c.padding) and not c.pad
+    return single and plain and x.dim() == len(weight_shape) > 2 and x.shape[1] == weight_shape[1] and x.is_contiguous()
 
 
 def _plan_of_torch(

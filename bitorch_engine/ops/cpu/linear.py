@@ -142,17 +142,28 @@ def plan(
     if is_short(bias):
         head = (sources, x, packed, channel_scale, bits)
         return with_short_bias(lambda copy: plan(*head, copy, columns, group_size), bias)
-    few = x.numel() // max(1, columns)
-    if not (
-        group_size == 0
-        and x.dtype is torch.float32
-        and x.is_contiguous()
-        and x.shape[-1] == columns
-        and _suits(few, bits, columns)
-        and can_plan(sources, packed, channel_scale, bias)
-    ):
+    if group_size or x.dtype is not torch.float32 or not x.is_contiguous() or x.shape[-1] != columns:
         return None
-    channels, digits = channel_scale.numel(), _digits(x.dtype)
+    out = torch.empty([*x.shape[:-1], channel_scale.numel()], device="meta")
+    few = x.numel() // max(1, columns)
+    return plan_rows(sources, few, packed, channel_scale, bits, bias, columns, out.shape, out.stride())
+
+
+def plan_rows(
+    sources: Sequence[Tensor] | None,
+    few: int,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    columns: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+) -> Plan | None:
+    """A plan of ``few`` contiguous rows of float32, whatever shape they and their results have."""
+    if not (_suits(few, bits, columns) and can_plan(sources, packed, channel_scale, bias)):
+        return None
+    channels, digits = channel_scale.numel(), _digits(torch.float32)
     check_packed(packed, channels * columns, bits)
     structure = _Planned(
         few,
@@ -165,9 +176,7 @@ def plan(
         digits,
         threads(),
     )
-    out = torch.empty([*x.shape[:-1], channels], device="meta")
-    layer = (sources, packed, channel_scale, bias)
-    made = make_plan(_planned, structure, out.shape, out.stride(), x.dtype, *layer)
+    made = make_plan(_planned, structure, shape, strides, torch.float32, sources, packed, channel_scale, bias)
     if not _are_digits(bits, columns):
         return made
 

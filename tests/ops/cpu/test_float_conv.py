@@ -315,6 +315,22 @@ def test_a_plan_for_torchs_convolution_follows_the_layer(channels_last: bool, bi
 
 
 @each_order
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_images_of_one_pixel(channels_last: bool, batch: int, bits: int) -> None:
+    layer = nBitConv2d(160, 24, 1, stride=2, w_bit=bits)
+    x = torch.randn(batch, 160, 1, 1)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    with torch.no_grad():
+        for _ in range(2):
+            y = layer(x)
+            assert y.shape == (batch, 24, 1, 1)
+            torch.testing.assert_close(y, by_torch(layer, x))
+        layer.weight.copy_(torch.randn(layer.weight.shape))
+        torch.testing.assert_close(layer(x), by_torch(layer, x))
+
+
+@each_order
 @pytest.mark.parametrize("grad", [False, True])
 def test_other_dtypes_stay_torchs(channels_last: bool, grad: bool, calls: list[int]) -> None:
     layer, x = layer_and_input(channels_last)
