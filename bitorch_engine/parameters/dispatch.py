@@ -108,7 +108,7 @@ def _float_like(func: Any, x: "PackedParameter", *args: Any, **kwargs: Any) -> T
 @_handles(aten.copy_.default)
 def _copy_(func: Any, x: "PackedParameter", source: Tensor, non_blocking: bool = False) -> "PackedParameter":
     if not hasattr(source, "channel_scale"):
-        x.write_(source.expand(x.shape))
+        x.take_(source.expand(x.shape))
     elif source is not x:
         x._adopt_(source)  # type: ignore[arg-type]
     return x

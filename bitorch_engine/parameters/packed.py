@@ -12,7 +12,7 @@ from bitorch_engine import ops
 from bitorch_engine.bits import BitFormat, bit_format, packed_size
 from bitorch_engine.parameters.dispatch import dispatch
 from bitorch_engine.parameters.step import step_
-from bitorch_engine.quantizers.weight import fit_scale, from_levels, to_levels
+from bitorch_engine.quantizers.weight import fit_scale, from_levels, holds, to_levels
 
 _IN_PLACE = 3  # noise stream of writes by in-place operators
 
@@ -39,7 +39,10 @@ class PackedParameter(nn.Parameter):
     dtype, device: of the parameter. Default: those of float data; torch's default dtype for integer data.
 
     A write in place, by any optimizer, goes to code and residual together and is rounded stochastically; a write of
-    values that are all on the grid of codes is exact. An operator that has no handler here sees the dequantized tensor.
+    values that are all on the grid of codes is exact. The scale stays, and arithmetic in place (``add_``, ``mul_``) is
+    clamped to what it reaches. New values are another matter: ``quantize_``, torch.nn.init, a float state_dict, and
+    ``copy_`` or ``data =`` of a float tensor that the scale cannot hold (see ``take_``) bring a new scale. An operator
+    that has no handler here sees the dequantized tensor.
     """
 
     packed: Tensor
@@ -366,6 +369,15 @@ class PackedParameter(nn.Parameter):
                 self.grad.data = fn(self.grad)
         return True
 
+    def take_(self, values: Tensor) -> None:
+        """Write float values with the scale there is where it holds them, as ``write_``; else with a new one, as
+        ``quantize_``. What ``copy_`` does: a backup, or an average of earlier values, comes back on the old grid, and
+        weights of another size are not clamped to it, or rounded to zeros."""
+        if holds(self.to_rows(values.to(self.device)), self.channel_scale, self.format):
+            self.write_(values)
+        else:
+            self.quantize_(values)
+
     def multiply_channels_(self, factor: Tensor) -> None:
         """Multiply each output channel by a number, (R,), which may be negative or 0: the scales take it, exactly but
         for their rounding, and the codes stay."""
@@ -424,7 +436,7 @@ class PackedParameter(nn.Parameter):
 
     @property
     def data(self) -> Tensor:
-        """This parameter without autograd history; shares the codes. Assigning to it writes."""
+        """This parameter without autograd history; shares the codes. Assigning to it writes, as ``take_``."""
         return self.detach()
 
     @data.setter

@@ -53,6 +53,16 @@ def from_codes(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
     return form.codes(to_levels(rows, scale, form) >> form.hidden_bits) * scale[:, None]
 
 
+def holds(rows: Tensor, scale: Tensor, form: BitFormat) -> bool:
+    """Whether codes with that scale hold floats, (R, K), to half of their bits at least: the nearest ones leave no more
+    than 2**-bits of the sum of squares. With the scale that suits them, normally distributed weights leave 0.36 at 1
+    bit, then 0.12, 0.037, 0.012, ... 0.00009 at 8 bits. True for floats that are not finite: none suits those.
+    """
+    rows = rows.to(torch.float32)
+    lost = (from_codes(rows, scale, form) - rows).square().sum()
+    return not bool(lost > rows.square().sum() * 2.0**-form.bits)
+
+
 def to_levels(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
     """The level, 0 .. 255, nearest below each weight: uint8, (R, K). Its top bits are the nearest code.
 

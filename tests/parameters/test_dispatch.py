@@ -169,8 +169,7 @@ class TestWritesOfTheWhole:
     def test_other_values_are_written_with_their_residual_without_bias(self, w_bit: int) -> None:
         weight = nBitConvParameter(torch.randn(64, 200) * 0.1, w_bit=w_bit, scale=0.4 / 2**w_bit)
         values = (torch.rand(64, 200) - 0.5) * 0.25
-        with torch.no_grad():
-            weight.copy_(values)
+        weight.write_(values)
         error = weight.level_values() - values
         level = 0.4 / 2**w_bit * (2 if w_bit == 1 else 1) / 2 ** (8 - w_bit)
         assert float(error.abs().max()) < level * 1.01
@@ -179,12 +178,55 @@ class TestWritesOfTheWhole:
     def test_values_beyond_the_range_are_clamped(self) -> None:
         for w_bit in WIDTHS:
             weight = nBitConvParameter(torch.randn(2, 3), w_bit=w_bit)
-            with torch.no_grad():
-                weight.copy_(torch.tensor([[1e4, -1e4, 1e4], [-1e4, 1e4, -1e4]]))
+            weight.write_(torch.tensor([[1e4, -1e4, 1e4], [-1e4, 1e4, -1e4]]))
             assert weight.codes.tolist() == [
                 [weight.format.high, weight.format.low, weight.format.high],
                 [weight.format.low, weight.format.high, weight.format.low],
             ]
+
+    @pytest.mark.parametrize("size", [1e-4, 0.01, 1.0, 1e4], ids="{:g} times as large".format)
+    @pytest.mark.parametrize("w_bit", WIDTHS)
+    def test_floats_that_the_scale_cannot_hold_bring_a_new_one(self, w_bit: int, size: float) -> None:
+        values = torch.randn(64, 9, 3, 3) * size
+        wanted = nBitConvParameter(values, w_bit=w_bit)
+        writes: list[Callable[[Tensor, Tensor], Any]] = [
+            lambda weight, new: weight.copy_(new),
+            lambda weight, new: weight.data.copy_(new),
+            lambda weight, new: setattr(weight, "data", new),
+            lambda weight, new: nn.utils.vector_to_parameters(new.view(-1), [weight]),
+        ]
+        for write in writes:
+            weight = nBitConvParameter(torch.randn(64, 9, 3, 3) * 0.2, w_bit=w_bit)
+            with torch.no_grad():
+                write(weight, values)
+            assert torch.equal(weight.channel_scale, wanted.channel_scale)
+            assert torch.equal(weight.codes, wanted.codes)
+
+    @pytest.mark.parametrize("w_bit", WIDTHS)
+    def test_averages_and_backups_come_back_on_the_old_grid(self, w_bit: int) -> None:
+        """What SAM, Lookahead, and the swap of averaged weights write."""
+        weight = nBitConvParameter(torch.randn(64, 9, 3, 3), w_bit=w_bit)
+        backup, scale, average = weight.dequantize(), weight.channel_scale.clone(), weight.dequantize()
+        for _ in range(10):
+            weight.update(weight, grad=torch.randn(weight.shape), lr=0.02)
+            average.lerp_(weight.dequantize(), 0.3)
+        trained = weight.dequantize()
+        assert not torch.equal(trained, backup)
+        with torch.no_grad():
+            for values in (average, trained, backup.lerp(trained, 0.5), backup):
+                weight.data.copy_(values)
+                assert torch.equal(weight.channel_scale, scale)
+            assert torch.equal(weight.dequantize(), backup)
+
+    @pytest.mark.parametrize("w_bit", WIDTHS)
+    def test_arithmetic_in_place_keeps_the_scale(self, w_bit: int) -> None:
+        weight = nBitConvParameter(torch.randn(6, 9), w_bit=w_bit)
+        scale = weight.channel_scale.clone()
+        with torch.no_grad():
+            weight.add_(100.0)
+            assert bool((weight.codes == weight.format.high).all())
+            weight.mul_(0.01)
+        assert torch.equal(weight.channel_scale, scale)
 
     def test_a_write_broadcasts(self) -> None:
         weight = nBitConvParameter(torch.randn(2, 3), w_bit=4, scale=0.5)

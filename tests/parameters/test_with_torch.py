@@ -197,8 +197,7 @@ class TestWrites:
         for trial in range(trials):
             copied = copy.deepcopy(weight)
             copied.noise_step = trial
-            with torch.no_grad():
-                copied.copy_(values)
+            copied.write_(values)
             assert copied.noise_step == trial + 1
             written = copied.level_values().view(-1)
             assert float((written - values).abs().max()) < 1.001 * level

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format
-from bitorch_engine.quantizers.weight import fit_scale, from_levels, normal_scale, to_levels
+from bitorch_engine.quantizers.weight import fit_scale, from_levels, holds, normal_scale, to_levels
 
 WIDTHS = range(1, 9)
 CODES = {1: [-1, 1]} | {bits: list(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in range(2, 9)}
@@ -61,6 +61,17 @@ def test_rows_have_scales_of_their_own() -> None:
     rows = torch.randn(3, 300) * torch.tensor([1e-3, 1.0, 50.0])[:, None]
     form = bit_format(4)
     assert torch.equal(fit_scale(rows, form), torch.cat([fit_scale(row[None], form) for row in rows]))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_scale_holds_what_it_leaves_half_of_the_bits(bits: int) -> None:
+    rows, form = torch.randn(6, 4000), bit_format(bits)
+    for factor in (1e-4, 0.01, 0.1, 0.2, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 10.0, 100.0, 1e4):
+        scale = fit_scale(rows, form) * factor
+        lost = float(squared_error(rows, scale, bits).sum() / rows.square().mean(1).sum())
+        assert holds(rows, scale, form) == (lost <= 0.5**bits), (factor, lost)
+        assert holds(rows, scale, form) or not 0.8 <= factor <= 1.2
+    assert holds(torch.zeros(6, 40), torch.ones(6), form) == (bits > 1)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
