@@ -129,9 +129,10 @@ def _randomize_(func: Any, x: "PackedParameter", *args: Any, **kwargs: Any) -> "
 
 @_handles(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
 def _fill_(func: Any, x: "PackedParameter", value: Any = 0) -> "PackedParameter":
-    """Zero, and what the grid of codes has, is written with the scale there is; another constant brings its own."""
+    """What the grid of codes has, as zero from 2 bits on, is written with the scale there is; another constant brings
+    its own."""
     values = torch.empty(x.shape, dtype=torch.float32, device=x.device).fill_(value)
-    if float(value) == 0 or x.on_grid(x.to_rows(values)) is not None:
+    if x.on_grid(x.to_rows(values)) is not None:
         x.write_(values)
     else:
         x.quantize_(values)

@@ -23,7 +23,8 @@ def fit_scale(rows: Tensor, form: BitFormat) -> Tensor:
     rows: (R, K) finite float. Rounding and the least-squares scale of the rounded codes take turns (Lloyd's iteration),
     from the scale for a normal distribution and from the one that reaches the largest weight; each row keeps the better
     end. A row of zeros takes the mean scale of the other rows; where all are zero, the scale of a new layer of that
-    fan-in: a scale near zero would freeze the row for good.
+    fan-in: a scale near zero would freeze the row for good. At 1 bit, which has no zero, it takes 1/64 of that: nearly
+    nothing beside the other rows, and what a BatchNorm behind it, with its eps of 1e-5, still trains as any other.
     """
     rows = rows.to(torch.float32)
     spread = rows.square().mean(1).sqrt()
@@ -37,7 +38,8 @@ def fit_scale(rows: Tensor, form: BitFormat) -> Tensor:
         scale, error = torch.where(end_error < error, end, scale), torch.minimum(end_error, error)
     fallback = (3 * max(1, rows.shape[1])) ** -0.5 * normal_scale(form)
     typical = torch.where(alive, scale, 0.0).sum() / alive.sum()
-    return torch.where(alive, scale, torch.where(alive.any(), typical, fallback))
+    share = 1 / 64 if form.bits == 1 else 1.0
+    return torch.where(alive, scale, torch.where(alive.any(), typical, fallback) * share)
 
 
 def _iterate(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:

@@ -404,6 +404,14 @@ class TestInitialization:
         assert float(values.mean()) == pytest.approx(mean, abs=0.05 * size)
         assert float(values.std()) == pytest.approx(std, abs=0.05 * size)
 
+    @pytest.mark.parametrize("w_bit", WIDTHS)
+    def test_zeros_are_zero_or_nearly(self, w_bit: int) -> None:
+        weight = nBitConvParameter(torch.randn(8, 6, 3, 3), w_bit=w_bit)
+        before = weight.channel_scale.clone()
+        nn.init.zeros_(weight)
+        largest = float(weight.dequantize().abs().max())
+        assert largest < 0.02 if w_bit == 1 else largest == 0 and torch.equal(weight.channel_scale, before)
+
     def test_trunc_normal_of_torch_2_11_is_refused_with_what_to_do(self) -> None:
         """It draws uniform numbers and makes normal ones of them in place, in steps that codes cannot follow."""
         weight = nBitConv2d(32, 64, 3, w_bit=6).weight
