@@ -7,20 +7,35 @@ Learned step size quantization (Esser et al. 2020, arXiv:1902.08153). An activat
 where low is 0 after a ReLU and -2**(bits-1) otherwise. At 1 bit the codes are -1 and +1 (0 counts as +1).
 """
 
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bitorch_engine.bits import bit_format
+
+_BEFORE = 2.0**-40
+"""The scale until a batch has set one: that of zeros, which 1 bit makes +scale of, and of what is not finite."""
+
+_numbers = count()
+_quantizers: "WeakValueDictionary[int, ActivationQuantizer]" = WeakValueDictionary()
+"""By number, for ``_prepare_when_run``."""
 
 
 class ActivationQuantizer(nn.Module):
     """The learned scale of one tensor of activations: ``initial_scale * exp(log_gain)``, always positive.
 
-    The first batch sets ``initial_scale`` (0 until then) and ``low``, the code of index 0. Learning the logarithm makes
+    The first batch that is finite and not all zeros sets ``initial_scale`` (0 until then) and ``low``, the code of
+    index 0. Where it was no real data, ``reset_parameters()`` lets the next one do that. Learning the logarithm makes
     an optimizer's step relative to the scale, and weight decay pulls towards the first batch's scale, not to zero.
+
+    In a forward of DistributedDataParallel that records gradients, its ranks set them together at their first batch,
+    which may be empty for some; all of them have to run the layer then. Elsewhere each process takes its own batch, and
+    waits for nobody.
     """
 
     initial_scale: Tensor
@@ -33,6 +48,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("initial_scale", torch.zeros((), device=device))
         self.register_buffer("low", torch.zeros((), device=device))
         self._ready = False
+        self._agreed = False  # with the other ranks
+        self._number = _registered(self)
         self._constants: tuple[tuple[float, ...], Tensor, Tensor] | None = None
         self._sources: tuple[Tensor, ...] = ()
         self._places: tuple[int, ...] = ()
@@ -40,7 +57,10 @@ class ActivationQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """What one code is worth: 0-dim float32, differentiable."""
-        return self.initial_scale.to(torch.float32) * self.log_gain.to(torch.float32).exp()
+        initial = self.initial_scale.to(torch.float32)
+        if not self._ready:
+            initial = torch.where(initial > 0, initial, _BEFORE)
+        return initial * self.log_gain.to(torch.float32).exp()
 
     @property
     def is_ready(self) -> bool:
@@ -86,24 +106,28 @@ class ActivationQuantizer(nn.Module):
         self._ready = False
 
     def prepare_(self, x: Tensor) -> None:
-        """Set scale and range from a batch, once. On several ranks all take part, and all get the same."""
-        if self._ready or x.numel() == 0:
+        """Set scale and range from a batch, once. One that is empty, all zeros or not finite leaves it to the next."""
+        if self._ready and (self._agreed or not _may_agree()):
             return
-        form = bit_format(self.bits)
-        with torch.no_grad():
-            wide = x.detach().to(torch.float32)
-            mean, largest, smallest = _across_ranks(wide.abs().mean(), wide.abs().amax(), wide.amin())
-            signed = (smallest < 0) | (self.bits == 1)
-            high = torch.where(signed, float(form.high), float(form.levels - 1))
-            # 8 bits reach to the largest value; below that, Esser et al., section 2.1; a sign stands for the mean size.
-            start = mean if self.bits == 1 else 2 * mean / high.sqrt()
-            if self.bits == 8:
-                start = reaching_scale(largest, high, self.initial_scale.dtype)
-            start = torch.where(torch.isfinite(start) & (start > 0), start, 1.0)
-            loaded = self.initial_scale > 0  # from a checkpoint: its scale and range stay
-            self.low.copy_(torch.where(loaded, self.low, torch.where(signed, float(form.low), 0.0)))
-            self.initial_scale.copy_(torch.where(loaded, self.initial_scale, start))
-        self._ready = True
+        x, records = x.detach(), torch.is_grad_enabled()
+        if torch.compiler.is_exporting() or x.is_meta or type(x) is not Tensor:
+            _set_(self.initial_scale, self.low, *_statistics(x), self.bits)  # whose values nobody sees: not ready yet
+        elif torch.compiler.is_compiling():
+            _prepare_when_run(x, self.initial_scale, self.low, self._number, records)
+        else:
+            self._prepare_now_(x, records)
+
+    @torch.no_grad()
+    def _prepare_now_(self, x: Tensor, records: bool) -> None:
+        active = DistributedDataParallel._active_ddp_module if records else None
+        if self._ready and active is None:
+            return
+        statistics = _statistics(x)
+        if active is not None:
+            statistics = _agree_(self.initial_scale, self.low, *statistics, x.numel(), active.process_group)
+            self._agreed = True
+        _set_(self.initial_scale, self.low, *statistics, self.bits)
+        self._ready = bool(self.initial_scale > 0)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -114,6 +138,50 @@ class ActivationQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._ready = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = _registered(self)
+
+
+def _registered(quantizer: ActivationQuantizer) -> int:
+    number = next(_numbers)
+    _quantizers[number] = quantizer
+    return number
+
+
+@torch.library.custom_op("bitorch_engine::prepare_activation", mutates_args=("initial_scale", "low"))
+def _prepare_when_run(x: Tensor, initial_scale: Tensor, low: Tensor, number: int, records: bool) -> None:
+    """``prepare_`` for compiled code: what it finds out makes the quantizer ready, and the code is compiled again."""
+    quantizer = _quantizers[number]
+    quantizer._prepare_now_(x, records)
+    if initial_scale is not quantizer.initial_scale:  # a compiler may pass copies
+        initial_scale.copy_(quantizer.initial_scale)
+        low.copy_(quantizer.low)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean size, largest size, smallest value) of a batch, 0-dim float32; an empty one is as one of zeros."""
+    wide = x.to(torch.float32)
+    if x.numel() == 0:
+        return (wide.new_zeros(()),) * 3
+    size = wide.abs()
+    return size.mean(), size.amax(), wide.amin()
+
+
+def _set_(initial_scale: Tensor, low: Tensor, mean: Tensor, largest: Tensor, smallest: Tensor, bits: int) -> None:
+    """Set scale and range where there are none yet, and the batch tells something."""
+    form = bit_format(bits)
+    signed = (smallest < 0) | (bits == 1)
+    high = torch.where(signed, float(form.high), float(form.levels - 1))
+    # 8 bits reach to the largest value; below that, Esser et al., section 2.1; a sign stands for the mean size.
+    start = mean if bits == 1 else 2 * mean / high.sqrt()
+    if bits == 8:
+        start = reaching_scale(largest, high, initial_scale.dtype)
+    start = start.to(initial_scale.dtype)
+    tells = torch.isfinite(mean) & torch.isfinite(start) & (start > 0) & (initial_scale == 0)
+    low.copy_(torch.where(tells | (bits == 1), torch.where(signed, float(form.low), 0.0), low))
+    initial_scale.copy_(torch.where(tells, start, initial_scale))
 
 
 def reaching_scale(largest: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,10 +197,21 @@ def reaching_scale(largest: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(largest * (1 / scale) > high, above, scale)
 
 
-def _across_ranks(mean: Tensor, largest: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return mean, largest, smallest
-    dist.all_reduce(mean)
-    extremes = torch.stack([largest, -smallest])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    return mean / dist.get_world_size(), extremes[0], -extremes[1]
+def _may_agree() -> bool:
+    """Whether this is a forward in which the ranks of a DistributedDataParallel agree; if compiled, it may be one."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+    return DistributedDataParallel._active_ddp_module is not None and torch.is_grad_enabled()
+
+
+def _agree_(
+    initial_scale: Tensor, low: Tensor, mean: Tensor, largest: Tensor, smallest: Tensor, count: int, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of the batches of all ranks together; scale and range become those that a rank has already."""
+    sums = torch.stack([mean * count, torch.full_like(mean, count)])
+    extremes = torch.stack([largest, -smallest, initial_scale.to(mean.dtype), -low.to(mean.dtype)])
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    initial_scale.copy_(extremes[2])
+    low.copy_(0.0 - extremes[3])
+    return sums[0] / sums[1].clamp_min(1), extremes[0], -extremes[1]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitorch_engine import nBitConv2d, nBitConvParameter, nBitConvTranspose2d
+from bitorch_engine import nBitConv2d, nBitConvParameter, nBitConvTranspose2d, nBitLinear
 from bitorch_engine.optim import DiodeMix
 from bitorch_engine.parameters import PackedParameter
 
@@ -244,12 +244,36 @@ def train_case(case: Case, rank: int) -> list[dict[str, Any]]:
     return seen
 
 
+FIRST_BATCHES = ["one of each rank", "one is empty", "rank 0 was first", "rank 1 was first", "compiled"]
+
+
+def first_batches(name: str, rank: int) -> dict[str, Tensor]:
+    """Scale and range that each rank has after a first batch in DistributedDataParallel; hangs where one waits."""
+    torch.manual_seed(0)
+    layer = nBitLinear(6, 4, a_bit=4)
+    model = nn.parallel.DistributedDataParallel(layer)
+    batch = torch.rand(8, 6) * (1 + rank) - rank
+    alone = nBitLinear(6, 4, a_bit=4)
+    if rank == 1:  # a layer that this rank alone has
+        alone(batch)
+    if name == f"rank {rank} was first":
+        layer(batch * 100)
+    if name == "compiled":
+        model = nn.parallel.DistributedDataParallel(torch.compile(layer, backend="aot_eager"))
+    model(batch[: 0 if name == "one is empty" and rank == 1 else 8]).sum().backward()
+    assert layer.activation is not None
+    return {"scale": layer.activation.initial_scale.clone(), "low": layer.activation.low.clone()}
+
+
 def run_rank(folder: Path, rank: int) -> None:
     """All that a rank does. Its results are in ``folder / f"{rank}.pt"`` at the end."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=40))
     results: dict[str, Any] = {name: train_case(case, rank) for name, case in CASES.items()}
+
+    for name in FIRST_BATCHES:
+        results[name] = first_batches(name, rank)
 
     torch.manual_seed(rank)
     weight = nBitConvParameter(torch.randn(6, 4, 3, 3), w_bit=3, learn_scale=True)
@@ -311,6 +335,21 @@ class TestRanks:
         for old, new in pairwise(seen):
             assert {"conv.weight codes", "up.weight codes", "conv.weight residual"} <= set(differing(old, new))
         assert seen[-1]["loss"] < seen[1]["loss"]
+
+    @pytest.mark.parametrize("name", FIRST_BATCHES)
+    def test_the_first_batches_of_all_ranks_set_one_scale(self, results: list[dict[str, Any]], name: str) -> None:
+        first, second = (result[name] for result in results)
+        assert first["scale"] > 0 and first == second
+        torch.manual_seed(0)
+        nBitLinear(6, 4, a_bit=4)
+        batches = [torch.rand(8, 6)]
+        batches.append(batches[0] * 2 - 1)
+        whole = {"one is empty": batches[0], "rank 0 was first": 100 * batches[0]}
+        # A rank that was first alone has its scale from rank 0, as DistributedDataParallel sends buffers.
+        x = whole.get(name, torch.cat(batches))
+        assert float(first["low"]) == (0 if name in whole else -8)
+        high = 15 if name in whole else 7
+        assert float(first["scale"]) == pytest.approx(2 * float(x.abs().mean()) / high**0.5, rel=1e-5)
 
     def test_a_broadcast_makes_the_bits_those_of_rank_0(self, results: list[dict[str, Any]]) -> None:
         (before0, after0, stepped0), (before1, after1, stepped1) = (result["broadcast"] for result in results)

@@ -200,6 +200,27 @@ class TestQuantizer:
         for bits in WIDTHS:
             assert 0 < float(self.prepared(bits, batch).scale.detach()) < float("inf")
 
+    @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+    @pytest.mark.parametrize("bits", WIDTHS)
+    def test_a_first_batch_that_tells_nothing_leaves_scale_and_range_to_the_next(self, bits: int, value: float) -> None:
+        x, first = torch.randn(200), torch.randn(200)
+        if value == 0:
+            first.zero_()
+        first[7] = value
+        quantizer = self.prepared(bits, first)
+        assert not quantizer.is_ready and quantizer.sources() is None
+        quantizer.prepare_(x)
+        wanted = self.prepared(bits, x)
+        assert quantizer.is_ready
+        assert torch.equal(quantizer.scale, wanted.scale) and torch.equal(quantizer.low, wanted.low)
+
+    def test_reset_parameters_lets_the_next_batch_set_it(self) -> None:
+        quantizer, x = self.prepared(4, torch.rand(100)), torch.randn(100) * 5
+        quantizer.reset_parameters()
+        quantizer.prepare_(x)
+        wanted = self.prepared(4, x)
+        assert torch.equal(quantizer.scale, wanted.scale) and torch.equal(quantizer.low, wanted.low)
+
     def test_the_scale_stays_positive_whatever_its_parameter(self) -> None:
         quantizer = self.prepared(4, torch.rand(100))
         for value in (-20.0, 0.0, 20.0):

@@ -567,6 +567,30 @@ class TestComposesWithTorch:
         with torch.no_grad():
             assert torch.equal(exported.module()(other), model(other))
 
+    @pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning"
+    )  # torch.compile's, torch.export's
+    @pytest.mark.parametrize("a_bit", [1, 4, 8])
+    @pytest.mark.parametrize("how", ["eager", "compile", "export"])
+    def test_zeros_at_first_give_the_bias_and_set_no_scale(self, how: str, a_bit: int) -> None:
+        layer, zeros, x = nBitConv2d(3, 4, 3, a_bit=a_bit), torch.zeros(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+        twin = copy.deepcopy(layer)
+        call: Any = layer
+        if how == "compile":
+            torch.compiler.reset()
+            call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        elif how == "export":
+            call = torch.export.export(layer, (zeros,)).module()
+        expected = layer.bias.detach().view(1, 4, 1, 1).expand(2, 4, 5, 6)
+        torch.testing.assert_close(call(zeros).detach(), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(call(zeros), expected)
+            assert bool(call(x * float("nan")).isnan().all())
+        assert not layer.activation.is_ready
+        torch.testing.assert_close(call(x).detach(), twin(x).detach())
+        torch.testing.assert_close(call(5 * x).detach(), twin(5 * x).detach())
+        assert layer.activation.is_ready or how == "export"  # a graph has a state of its own
+
     @pytest.mark.parametrize("weight", ["packed", "float"])
     @pytest.mark.parametrize("bits", [{}, {"a_bit": 8}, {"g_bit": 8}, {"a_bit": 8, "g_bit": 8}], ids=str)
     def test_autocast(self, bits: dict[str, int], weight: str) -> None:
