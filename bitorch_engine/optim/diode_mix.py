@@ -179,7 +179,7 @@ class DiodeMix(torch.optim.Optimizer):
         )
 
     def _step_one(self, group: dict[str, Any], p: Tensor, squares: Tensor | None) -> None:
-        """Ask one parameter to step itself. squares: what ``_check_gradient`` gave for its gradient."""
+        """Ask one parameter to step itself. squares: what ``_look_at`` gave for its gradient."""
         grad = p.grad
         if grad is None:
             return

@@ -286,9 +286,9 @@ class PackedParameter(nn.Parameter):
         """One Adam step of the packed weight, in place. Defines how quantized weights are updated by gradients.
 
         qweight: the parameter.
-        exp_avg_s: moving average of squared gradients. It has the gradient's shape, in float32, bfloat16 or float16, or
-            is ``ops.new_moment(shape, torch.uint8)``: 8 bits; or float32 with one value an output channel (the mean
-            square of its gradient). None: the step is not divided.
+        exp_avg_s: moving average of squared gradients. It has the gradient's shape, in float64, float32, bfloat16 or
+            float16, or is ``ops.new_moment(shape, torch.uint8)``: 8 bits; or float32 with one value an output channel
+            (the mean square of its gradient). None: the step is not divided.
         exp_avg_l: moving average of gradients, stored likewise. None: the gradient itself is used (beta1 = 0).
         step: one-element counter tensor, incremented here. Needed for the bias correction.
         lr: in units of the weight, as for AdamW: a weight moves by about lr a step, however coarse its codes are.

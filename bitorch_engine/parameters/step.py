@@ -246,7 +246,9 @@ def _check_moments(
         if moment is None:
             continue
         if moment.dtype not in _MOMENT_DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or uint8 (8-bit blocks), got {moment.dtype}.")
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16, float16 or uint8 (8-bit blocks), got {moment.dtype}."
+            )
         if moment.device != grad.device:
             raise ValueError(f"{name} must be on the gradient's device {grad.device}, got {moment.device}.")
         if not moment.is_contiguous():
