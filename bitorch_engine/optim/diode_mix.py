@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
@@ -74,6 +75,7 @@ class DiodeMix(torch.optim.Optimizer):
         _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None

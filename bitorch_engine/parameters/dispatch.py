@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
@@ -162,6 +163,7 @@ def _erfinv_(func: Any, x: "PackedParameter") -> "PackedParameter":
     )
 
 
+@_disable_dynamo
 def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator that writes. Only the first argument may be packed and written; it is then updated in place."""
     schema = func._schema

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from bitorch_engine import ops
 
@@ -28,6 +29,7 @@ class Projector(Protocol):
     def project_back(self, low_rank_grad: Tensor) -> Tensor: ...
 
 
+@_disable_dynamo
 def step_(
     weight: "PackedParameter",
     exp_avg_s: Tensor | None,

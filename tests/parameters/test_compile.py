@@ -189,3 +189,29 @@ def test_per_sample_gradients_of_a_float_replacement() -> None:
     per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(layer.weight.dequantize(), X)
     layer(X).square().sum().backward()
     assert torch.allclose(per_sample.sum(0), layer.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+@pytest.mark.parametrize("kind", [DiodeMix, torch.optim.SGD, None], ids=str)
+def test_a_compiled_step_of_training_trains_as_eager_does(kind: Any) -> None:
+    def losses(compiled: bool) -> list[float]:
+        torch.manual_seed(5)
+        layer = nBitConv2d(2, 3, 3, a_bit=8)
+        optimizer = None if kind is None else kind(layer.parameters(), lr=1e-2)
+
+        def step() -> Tensor:
+            layer.zero_grad()
+            loss = layer(X).square().sum()
+            loss.backward()
+            if optimizer is None:
+                layer.weight.update(layer.weight, lr=1e-2)
+            else:
+                optimizer.step()
+            return loss.detach()
+
+        torch._dynamo.reset()
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        return [run().item() for _ in range(4)]
+
+    eager = losses(False)
+    assert losses(True) == pytest.approx(eager, rel=1e-4) and eager[-1] < eager[0]
