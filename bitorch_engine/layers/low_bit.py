@@ -28,6 +28,8 @@ class LowBitLayer(nn.Module):
     parameter_class: ClassVar[type[PackedParameter]] = PackedParameter
     weight: Tensor
     activation: ActivationQuantizer | None
+    a_bit: int | None
+    g_bit: int | None
     _plans: tuple[tuple[Callable[[Tensor], bool], tuple[int, ...], ops.Plan], ...] = ()  # the last one made is first
     _planned_weight: tuple[Tensor, int] | None = None
 
@@ -62,6 +64,12 @@ class LowBitLayer(nn.Module):
                 return
 
     @property
+    def w_bit(self) -> int:
+        """Bits of the weight that is there now; for a float one that has taken its place, those asked for last."""
+        weight = self._parameters.get("weight")
+        return weight.w_bit if isinstance(weight, PackedParameter) else self._asked_w_bit
+
+    @property
     def transposed_groups(self) -> int:
         """The groups of a transposed layer, whose weight is (in, out / groups, ...); 0 for all others."""
         return transposed_groups(self)
@@ -77,9 +85,18 @@ class LowBitLayer(nn.Module):
     ) -> None:
         """Turn the float weight into codes of ``w_bit`` bits, and set up activation and gradient quantization."""
         check_bits(w_bit, a_bit, g_bit)
+        self.quantize_weight_(w_bit, scale=scale, learn_scale=learn_scale)
+        self.g_bit = g_bit
+        weight = self.weight
+        self.activation = None
+        if a_bit is not None:
+            self.activation = ActivationQuantizer(a_bit, weight.device, weight.dtype).train(self.training)
+
+    def quantize_weight_(self, w_bit: int, *, scale: Tensor | float | None = None, learn_scale: bool = False) -> None:
+        """Turn a float weight into codes of ``w_bit`` bits, and leave all else as it is."""
         weight = self.weight
         groups = self.transposed_groups
-        self.weight = self.parameter_class(
+        packed = self.parameter_class(
             weight,
             weight.requires_grad,
             w_bit=w_bit,
@@ -88,10 +105,9 @@ class LowBitLayer(nn.Module):
             groups=max(1, groups),
             learn_scale=learn_scale,
         )
-        self.w_bit, self.a_bit, self.g_bit = w_bit, a_bit, g_bit
-        self.activation = None
-        if a_bit is not None:
-            self.activation = ActivationQuantizer(a_bit, weight.device, weight.dtype).train(self.training)
+        if not isinstance(weight, self.parameter_class):  # else these are the codes that it has
+            self.weight = packed
+        self._asked_w_bit = w_bit
 
     def reset_parameters(self) -> None:
         """torch.nn's initialization; a packed weight gets a new scale with it."""
@@ -139,7 +155,13 @@ class LowBitLayer(nn.Module):
             self.__dict__["_planned_weight"] = (packed, packed._version)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _BELONGS_TO:
+            if value != (current := getattr(self, name, value)):
+                raise AttributeError(f"{name} of this layer is {current} and cannot be set: {_BELONGS_TO[name]}.")
+            return
         super().__setattr__(name, value)
+        if name == "activation":  # a_bit is read before every call, and a property takes longer
+            self.__dict__["a_bit"] = None if value is None else value.bits
         _forget_plans(self)  # they know the attributes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,7 +206,7 @@ class LowBitLayer(nn.Module):
             self.a_bit,
             weight.packed,
             weight.channel_scale,
-            self.w_bit,
+            weight.w_bit,
             bias,
             weight.shape,
             *geometry,
@@ -257,6 +279,13 @@ def _forget_plans(layer: nn.Module) -> None:
     """No method: who sets ``__class__`` back to torch.nn's has none of ours after that."""
     layer.__dict__.pop("_plans", None)
     layer.__dict__.pop("_planned_weight", None)
+
+
+_BELONGS_TO = {
+    "w_bit": "the weight has these bits; assign another weight",
+    "a_bit": "what quantizes the input has these bits; layer.quantize_(layer.w_bit, a_bit, layer.g_bit) makes another",
+}
+"""Why attributes that follow others cannot be set."""
 
 
 _MOST_PLANS = 64

@@ -26,7 +26,7 @@ def havoc(model: nn.Sequential, optimizer: torch.optim.Optimizer, scheduler: Any
     model[0].__class__ = nn.Conv2d
     model[0].weight = nn.Parameter(torch.zeros(1))
     model[1].running_mean = None
-    del model[5].w_bit
+    del model[5].g_bit
     model[7].register_buffer("more", torch.zeros(1))
     del model[2]
     fresh = torch.optim.SGD([nn.Parameter(torch.zeros(1))])

@@ -430,3 +430,45 @@ def test_a_bias_that_becomes_one_number_for_all_is_no_longer_planned() -> None:
     layer, x = in_use("linear")
     layer.bias.data = layer.bias.data[:1].expand(layer.bias.shape)
     check(layer, x)
+
+
+@pytest.mark.parametrize("name", ["conv", "depthwise", "transposed", "linear, 8-bit input", "linear"])
+@pytest.mark.parametrize("assign", [False, True], ids=["tied", "loaded"])
+def test_bits_are_those_of_the_weight_that_is_there(name: str, assign: bool) -> None:
+    layer, x = in_use(name)
+    other = copy.deepcopy(layer)
+    other.weight = layer.parameter_class(
+        layer.weight.dequantize(),
+        w_bit=2,
+        transposed=layer.transposed_groups > 0,
+        groups=max(1, layer.transposed_groups),
+    )
+    if assign:
+        layer.load_state_dict(other.state_dict(), assign=True)
+    else:
+        layer.weight = other.weight
+    assert layer.w_bit == 2 and "w_bit=2" in repr(layer)
+    check(layer, x)
+    layer.weight = nn.Parameter(layer.weight.dequantize())
+    assert layer.w_bit == 4
+
+
+@pytest.mark.parametrize("bits", ["w_bit", "a_bit"])
+def test_bits_of_what_is_there_cannot_be_set(bits: str) -> None:
+    layer, x = in_use("linear, 8-bit input")
+    setattr(layer, bits, getattr(layer, bits))
+    with pytest.raises(AttributeError, match=f"{bits} of this layer is . and cannot be set"):
+        setattr(layer, bits, 3)
+    check(layer, x)
+
+
+def test_the_input_can_have_other_bits_while_the_weight_stays() -> None:
+    layer, x = in_use("linear, 8-bit input")
+    weight = layer.weight
+    layer.quantize_(layer.w_bit, 2, layer.g_bit)
+    assert layer.weight is weight and layer.a_bit == 2
+    layer(x)
+    check(layer, x)
+    layer.activation = None
+    assert layer.a_bit is None
+    check(layer, x)

@@ -88,7 +88,7 @@ class _Forward(nBitConv):
             bias = self._parameters["bias"]
             arguments = (weight.packed, weight.channel_scale)
             geometry = self._geometry(*self._padding_and_pad())
-            plan = ops.plan("conv_weight_only", None, input, *arguments, self.w_bit, bias, weight.shape, *geometry)
+            plan = ops.plan("conv_weight_only", None, input, *arguments, weight.w_bit, bias, weight.shape, *geometry)
             self._remember(plan, input, weight.packed)
             if plan is not None:
                 result = plan(input, None, *arguments, bias)

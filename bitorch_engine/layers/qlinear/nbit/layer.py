@@ -61,7 +61,7 @@ class nBitLinear(LowBitLayer, nn.Linear):
         if not isinstance(weight, PackedParameter) or torch.is_grad_enabled():
             return WeightOnlyLinear.apply(x, self.weight, self.bias)
         bias: Tensor | None = self.bias
-        head, tail = (x, weight.packed, weight.channel_scale, self.w_bit), self.in_features
+        head, tail = (x, weight.packed, weight.channel_scale, weight.w_bit), self.in_features
         if self._has_plain_bias():
             self._remember(ops.plan("linear_weight_only", None, *head, bias, tail), x, weight.packed)
         if bias is not None and bias.dtype is not x.dtype:
