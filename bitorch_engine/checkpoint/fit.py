@@ -11,7 +11,7 @@ from bitorch_engine.checkpoint.format import CheckpointError, dtype_name
 from bitorch_engine.checkpoint.stored_model import StoredModel, WeightSettings, identity, refuse_without_values
 from bitorch_engine.convert.replaced import replace_
 from bitorch_engine.convert.swap import LOW_BIT, use_layers_, why_not
-from bitorch_engine.layers.low_bit import transposed_groups
+from bitorch_engine.layers.low_bit import LowBitLayer, transposed_groups
 from bitorch_engine.parameters import PackedParameter
 from bitorch_engine.quantizers.activation import ActivationQuantizer
 
@@ -32,7 +32,7 @@ class Fit:
         olds = [layer.weight for layer, _, _ in self.conversions]
         for (layer, name, settings), old in zip(self.conversions, olds, strict=True):
             assert isinstance(old, nn.Parameter)
-            low_bit = LOW_BIT[type(layer)]
+            low_bit = type(layer) if isinstance(layer, LowBitLayer) else LOW_BIT[type(layer)]
             if id(old) not in made:  # a weight that layers share stays shared
                 fresh = self.stored[name].to(old.device, old.dtype, copy=True)
                 made[id(old)] = low_bit.parameter_class(fresh, old.requires_grad)

@@ -95,8 +95,9 @@ def quantize_(
     layers and all else are untouched. Modules stay the same objects (hooks, references and names stay valid); a weight
     that is shared stays shared, and stays float where one of those who share it cannot be converted (an embedding).
     A layer that is low-bit already keeps its bits, whatever is asked for now; the report says so. To change them, load
-    the float model again. Make the optimizer afterwards: weights are new parameters, and one that holds the old ones
-    raises RuntimeError when it is used.
+    the float model again. One whose weight was replaced by a float one is converted again, to the bits that it had.
+    Make the optimizer afterwards: weights are new parameters, and one that holds the old ones raises RuntimeError when
+    it is used.
 
     w_bit, a_bit, g_bit, learn_scale: as for ``nBitConv2d`` and ``nBitLinear``.
     skip: names, or patterns such as ``"layer4.*"`` (fnmatch), of modules to leave as they are.
@@ -135,8 +136,8 @@ def quantize_(
         lazy = isinstance(weight, nn.UninitializedParameter)
         count, size = (0, 0) if lazy else (weight.numel(), _deployed_bytes(weight))
         entry = LayerReport(name, type(module).__name__, count, size, size, skipped=reasons[name])
-        if isinstance(module, LowBitLayer):
-            entry = replace(entry, w_bit=module.w_bit, a_bit=module.a_bit, g_bit=module.g_bit)
+        if isinstance(module, LowBitLayer) and module.is_packed:
+            entry = replace(entry, **_bits(module))
         if entry.skipped is None:
             settings = dict(defaults)
             for pattern, override in overrides.items():
@@ -146,8 +147,8 @@ def quantize_(
             if id(weight) in shared:
                 module.weight = shared[id(weight)][1]
             shared[id(weight)] = weight, module.weight
-            bits = {key: settings[key] for key in ("w_bit", "a_bit", "g_bit")}
-            entry = replace(entry, bytes_after=_deployed_bytes(module.weight), **bits)
+            assert isinstance(module, LowBitLayer)
+            entry = replace(entry, bytes_after=_deployed_bytes(module.weight), **_bits(module))
         report.layers.append(entry)
     use_layers_(model)
     return report
@@ -165,6 +166,10 @@ def _keep_shared(
     for name, (_, weight) in layers.items():
         if reasons[name] is None and id(weight) in kept:
             reasons[name] = f"shares its weight with {kept[id(weight)]}, which stays as it is"
+
+
+def _bits(layer: LowBitLayer) -> dict[str, Any]:
+    return {"w_bit": layer.w_bit, "a_bit": layer.a_bit, "g_bit": layer.g_bit}
 
 
 def _deployed_bytes(weight: Tensor) -> int:

@@ -29,7 +29,7 @@ LOW_BIT: dict[type[nn.Module], type[LowBitLayer]] = {
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be converted, or None where it can."""
-    if isinstance(module, LowBitLayer):
+    if isinstance(module, LowBitLayer) and module.is_packed:
         return f"is low-bit already, and keeps its {module.w_bit} bits"
     if nn.utils.parametrize.is_parametrized(module):
         return "is parametrized (torch.nn.utils.parametrize.remove_parametrizations undoes that)"
@@ -37,7 +37,7 @@ def why_not(module: nn.Module) -> str | None:
         return "is lazy and has no weight yet (run one batch first)"
     if isinstance(module, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
         return "is used by torch's attention code, which reads weights without calling their layers"
-    if type(module) not in LOW_BIT:
+    if not isinstance(module, LowBitLayer) and type(module) not in LOW_BIT:
         family = next((base.__name__ for base in LOW_BIT if isinstance(module, base)), None)
         return (
             f"is a subclass of {family} with its own code" if family else "is neither a convolution nor a linear layer"
@@ -55,7 +55,8 @@ def why_not(module: nn.Module) -> str | None:
 def convert_layer_(
     module: nn.Module, w_bit: int = 4, a_bit: int | None = None, g_bit: int | None = None, *, learn_scale: bool = False
 ) -> None:
-    """Turn one torch.nn convolution or linear layer into its low-bit layer, in place: it stays the same object.
+    """Turn one torch.nn convolution or linear layer into its low-bit layer, in place: it stays the same object. A
+    low-bit layer whose weight was replaced by a float one gets codes of its own bits again.
 
     Weights are quantized; bias, hooks, training mode and whoever refers to the module are as before. Make optimizers
     afterwards: the weight is a new parameter, and the old one raises where its gradient is asked for. Raises TypeError
@@ -64,14 +65,16 @@ def convert_layer_(
     reason = why_not(module)
     if reason is not None:
         raise TypeError(f"{type(module).__name__} cannot be converted: it {reason}.")
-    low_bit = LOW_BIT[type(module)]
     float_class, weight = type(module), module.weight
-    module.__class__ = low_bit
-    try:
-        module.quantize_(w_bit, a_bit, g_bit, learn_scale=learn_scale)  # type: ignore[operator]
-    except Exception:
-        module.__class__ = float_class
-        raise
+    if isinstance(module, LowBitLayer):
+        module.quantize_weight_(module.w_bit, learn_scale=learn_scale)
+    else:
+        module.__class__ = LOW_BIT[float_class]
+        try:
+            module.quantize_(w_bit, a_bit, g_bit, learn_scale=learn_scale)  # type: ignore[operator]
+        except Exception:
+            module.__class__ = float_class
+            raise
     replace_(weight)  # type: ignore[arg-type]
 
 

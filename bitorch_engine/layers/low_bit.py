@@ -70,6 +70,11 @@ class LowBitLayer(nn.Module):
         return weight.w_bit if isinstance(weight, PackedParameter) else self._asked_w_bit
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the weight is codes; a float one may have taken its place, a part of it for one."""
+        return isinstance(self._parameters.get("weight"), PackedParameter)
+
+    @property
     def transposed_groups(self) -> int:
         """The groups of a transposed layer, whose weight is (in, out / groups, ...); 0 for all others."""
         return transposed_groups(self)
@@ -244,7 +249,7 @@ class LowBitLayer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        bits = f", w_bit={self.w_bit}"
+        bits = f", w_bit={self.w_bit}" if self.is_packed else ", float weight"
         bits += f", a_bit={self.a_bit}" if self.a_bit is not None else ""
         bits += f", g_bit={self.g_bit}" if self.g_bit is not None else ""
         return super().extra_repr() + bits

@@ -286,3 +286,42 @@ def test_a_transformer_encoder_computes_in_evaluation_what_it_does_in_training(a
         evaluated = model.eval()(x, src_key_padding_mask=mask)
     kept = slice(None) if mask is None else ~mask
     torch.testing.assert_close(evaluated[kept], trained.detach()[kept])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda w: w[:4], lambda w: w.data[:4], lambda w: w.dequantize()[:4]],
+    ids=["indexed", "data", "dequantized"],
+)
+@pytest.mark.parametrize("make", [lambda: be.nBitConv2d(3, 8, 3, w_bit=3, a_bit=8), lambda: be.BinaryConv2d(3, 8, 3)])
+def test_a_low_bit_layer_with_a_float_weight_shows_it_and_gets_its_bits_again(make, part):
+    layer, x = make(), torch.randn(1, 3, 5, 5)
+    layer(x)
+    scale, w_bit = layer.activation.initial_scale.clone(), layer.w_bit
+    layer.weight, layer.bias = nn.Parameter(part(layer.weight)), None
+    values = layer.weight.detach().clone()
+    assert "float weight" in repr(layer) and "w_bit" not in repr(layer)
+    report = be.quantize_(layer, w_bit=2)
+    assert [(entry.w_bit, entry.skipped) for entry in report.layers] == [(w_bit, None)]
+    assert type(layer.weight) is layer.parameter_class and layer.w_bit == w_bit and f"w_bit={w_bit}" in repr(layer)
+    expected = layer.parameter_class(values + 0, w_bit=w_bit)
+    assert torch.equal(layer.weight.codes, expected.codes)
+    assert layer.activation.initial_scale == scale and layer(x).shape == (1, 4, 3, 3)
+
+
+def test_a_parametrized_low_bit_layer_is_converted_after_it():
+    layer = be.nBitLinear(4, 6, w_bit=5)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    assert "is parametrized" in be.quantize_(layer).layers[0].skipped
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    be.quantize_(layer)
+    assert type(layer.weight) is be.nBitLinearParameter and layer.w_bit == 5
+
+
+def test_a_file_loads_into_a_low_bit_layer_with_a_float_weight(tmp_path):
+    source, target = be.nBitLinear(4, 6, w_bit=3, a_bit=8), be.nBitLinear(4, 6, w_bit=4)
+    source(x := torch.randn(2, 4))
+    be.save(source, tmp_path / "file.safetensors")
+    target.weight = nn.Parameter(target.weight.dequantize())
+    be.load(target, tmp_path / "file.safetensors")
+    assert torch.equal(source(x), target(x)) and target.w_bit == 3
