@@ -31,6 +31,8 @@ def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be converted, or None where it can."""
     if isinstance(module, LowBitLayer) and module.is_packed:
         return f"is low-bit already, and keeps its {module.w_bit} bits"
+    if "forward" in vars(module):  # it calls torch.nn's, which does not quantize the input
+        return "has a forward of its own, assigned to it (convert first, and assign it afterwards)"
     if nn.utils.parametrize.is_parametrized(module):
         return "is parametrized (torch.nn.utils.parametrize.remove_parametrizations undoes that)"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():

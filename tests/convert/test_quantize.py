@@ -1,8 +1,11 @@
 """quantize_: what is converted, what is kept, what the report says."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import bitorch_engine as be
 from bitorch_engine.convert import convert_layer_
@@ -136,13 +139,16 @@ def test_what_cannot_be_converted_is_skipped_with_the_reason():
             "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
             "done": be.nBitConv2d(2, 2, 1),
             "table": nn.Embedding(3, 3),
+            "assigned": nn.Conv2d(2, 2, 1),
         }
     )
+    net["assigned"].forward = functools.partial(checkpoint, net["assigned"].forward, use_reentrant=False)
     reasons = {entry.name: entry.skipped for entry in be.quantize_(net).layers}
     assert reasons["own"] == "is a subclass of Conv2d with its own code"
     assert reasons["lazy"].startswith("is lazy")
     assert reasons["normed"].startswith("is parametrized")
     assert reasons["done"] == "is low-bit already, and keeps its 4 bits"
+    assert reasons["assigned"].startswith("has a forward of its own, assigned to it")
     assert reasons["table"] == "is neither a convolution nor a linear layer"
 
 
