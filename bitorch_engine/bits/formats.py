@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,18 @@ class BitFormat:
         """uint8 index of integer codes, any shape. Raises ValueError where a code is not one of this format's."""
         wide = codes.to(torch.int64)
         valid = (wide >= self.low) & (wide <= self.high) & ((wide - self.low) % self.step == 0)
-        if codes.device.type != "meta" and not bool(valid.all()):
+        if has_values(codes) and not bool(valid.all()):
             wrong = wide[~valid][0].item()
             raise ValueError(f"codes of {self.bits} bits are {self._range()}, got {wrong}; choose a wider w_bit.")
         return (wide - self.low).div(self.step, rounding_mode="floor").to(torch.uint8)
 
     def _range(self) -> str:
         return "-1 or +1" if self.bits == 1 else f"{self.low} to {self.high}"
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor can be looked at: it is neither on the meta device nor made under a FakeTensorMode."""
+    return not x.is_meta and not isinstance(x, FakeTensor)
 
 
 def bit_format(bits: int) -> BitFormat:

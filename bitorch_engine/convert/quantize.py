@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitorch_engine.bits import has_values
 from bitorch_engine.convert.swap import convert_layer_, use_layers_, why_not
 from bitorch_engine.layers.low_bit import LowBitLayer, check_bits
 from bitorch_engine.parameters import PackedParameter
@@ -127,7 +128,7 @@ def quantize_(
     reasons = {name: "as asked" if _inside(name, skip) else why_not(module) for name, (module, _) in layers.items()}
     _keep_shared(model, layers, reasons)
     for name, (_, weight) in layers.items():
-        if reasons[name] is None and not bool(torch.isfinite(weight).all()):
+        if reasons[name] is None and has_values(weight) and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"the weight of {name or 'the model'!r} has NaN or Inf entries; nothing was converted.")
 
     report = ConversionReport()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitorch_engine import ops
-from bitorch_engine.bits import BitFormat, bit_format, packed_size
+from bitorch_engine.bits import BitFormat, bit_format, has_values, packed_size
 from bitorch_engine.parameters.dispatch import dispatch
 from bitorch_engine.parameters.step import step_
 from bitorch_engine.quantizers.weight import fit_scale, from_levels, holds, to_levels
@@ -101,7 +101,7 @@ class PackedParameter(nn.Parameter):
         rows = _to_rows(data, transposed_groups)
         residual: Tensor | None
         if data.is_floating_point():
-            if data.device.type != "meta" and not bool(torch.isfinite(data).all()):
+            if has_values(data) and not bool(torch.isfinite(data).all()):
                 raise ValueError("data has NaN or Inf entries; a weight must be finite to be quantized.")
             channel_scale = _channel_scale(fit_scale(rows, form) if scale is None else scale, rows)
             levels = to_levels(rows, channel_scale, form).reshape(-1)
@@ -556,7 +556,7 @@ def _channel_scale(scale: Tensor | float, rows: Tensor) -> Tensor:
         raise ValueError(
             f"scale must have one value, or one an output channel (={rows.shape[0]}), got {scale.numel()}."
         )
-    if scale.device.type != "meta" and not bool(((scale > 0) & torch.isfinite(scale)).all()):
+    if has_values(scale) and not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise ValueError("scale must be positive and finite.")
     return scale.reshape(-1).expand(rows.shape[0]).clone(memory_format=torch.contiguous_format)
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import bitorch_engine as be
@@ -331,3 +332,22 @@ def test_a_file_loads_into_a_low_bit_layer_with_a_float_weight(tmp_path):
     target.weight = nn.Parameter(target.weight.dequantize())
     be.load(target, tmp_path / "file.safetensors")
     assert torch.equal(source(x), target(x)) and target.w_bit == 3
+
+
+def test_a_model_without_memory_is_converted_and_loads_what_a_real_one_holds():
+    real = make_net()
+    with torch.device("meta"):
+        net = make_net()
+    for model in (real, net):
+        be.quantize_(model, w_bit=3)
+    net.to_empty(device="cpu").load_state_dict(real.state_dict())
+    x = torch.randn(1, 3, 6, 6)
+    assert torch.equal(net.eval()(x), real.eval()(x))
+
+
+def test_layers_are_made_and_converted_under_fake_tensors():
+    with FakeTensorMode():
+        made, converted = be.nBitConv2d(3, 8, 3, a_bit=8), nn.Conv2d(3, 8, 3)
+        be.quantize_(converted, a_bit=8)
+        for layer in (made, converted):
+            assert layer(torch.randn(2, 3, 6, 6)).shape == (2, 8, 4, 4)
