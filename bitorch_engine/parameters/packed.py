@@ -43,6 +43,9 @@ class PackedParameter(nn.Parameter):
     clamped to what it reaches. New values are another matter: ``quantize_``, torch.nn.init, a float state_dict, and
     ``copy_`` or ``data =`` of a float tensor that the scale cannot hold (see ``take_``) bring a new scale. An operator
     that has no handler here sees the dequantized tensor.
+
+    An exported program is decomposed (``run_decompositions``) after ``model.requires_grad_(False)``: torch makes a
+    parameter of each tensor that is stored, and integers cannot require a gradient.
     """
 
     packed: Tensor

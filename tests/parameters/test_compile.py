@@ -104,6 +104,15 @@ def test_an_exported_program_computes_the_same_and_holds_the_packed_weight(a_bit
     assert isinstance(stored, nBitConvParameter) and torch.equal(stored.codes, layer.weight.codes)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("a_bit", [None, 8])
+def test_an_exported_program_without_gradients_is_decomposed(a_bit: int | None) -> None:
+    layer = nBitConv2d(2, 3, 3, a_bit=a_bit).eval()
+    expected = layer(X)
+    program = torch.export.export(layer.requires_grad_(False), (X,)).run_decompositions()
+    torch.testing.assert_close(program.module()(X), expected.detach())
+
+
 @pytest.mark.parametrize("bits", BITS.values(), ids=BITS)
 def test_functional_call_with_a_float_weight_gives_it_a_gradient(bits: dict[str, Any]) -> None:
     layer = nBitConv2d(2, 3, 3, **bits)
