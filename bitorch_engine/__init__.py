@@ -1,7 +1,7 @@
 """Networks whose weights have 1 to 8 bits, and stay at those bits while they are trained."""
 
 from bitorch_engine import optim
-from bitorch_engine.checkpoint import load, save
+from bitorch_engine.checkpoint import load, load_training, save, save_training
 from bitorch_engine.convert import fuse_batch_norm_, quantize_
 from bitorch_engine.layers.qconv.binary import (
     BinaryConv1d,
@@ -38,6 +38,7 @@ __all__ = [
     "compress_saved_tensors",
     "fuse_batch_norm_",
     "load",
+    "load_training",
     "nBitConv1d",
     "nBitConv2d",
     "nBitConv2dBase",
@@ -52,4 +53,5 @@ __all__ = [
     "optim",
     "quantize_",
     "save",
+    "save_training",
 ]

@@ -17,7 +17,7 @@ from bitorch_engine.checkpoint.format import (
     write,
 )
 from bitorch_engine.checkpoint.rollback import restored_on_error
-from bitorch_engine.checkpoint.stored_model import StoredModel, encode_model
+from bitorch_engine.checkpoint.stored_model import StoredModel, bare, encode_model
 
 KIND = "deployment"
 
@@ -26,11 +26,12 @@ def save(model: nn.Module, path: StrPath, *, metadata: dict[str, Any] | None = N
     """Write a model's parameters and buffers to a safetensors file, packed weights as codes and scales.
 
     The file replaces an earlier one in one step; a failure leaves the earlier one. Equal models give equal files.
-    The classes of the modules are not in it: ``load`` needs the model, float or converted.
+    The classes of the modules are not in it: ``load`` needs the model, float or converted. Names are those of the model
+    inside of torch.compile's or DistributedDataParallel's.
     metadata: what ``read_metadata`` is to give back: a dict that JSON keeps as it is, with the model's name for one.
     Raises TypeError for metadata or state that the file cannot hold, OSError where it cannot be written.
     """
-    content, tensors = encode_model(model, training=False)
+    content, tensors = encode_model(bare(model), training=False)
     content |= {"library_version": library_version(), "metadata": _checked(metadata or {})}
     write(path, KIND, content, tensors)
 
@@ -48,6 +49,7 @@ def load(model: nn.Module, path: StrPath, *, strict: bool = True) -> dict[str, A
     that is damaged, of another format or version, or not of this model, CheckpointError is raised, OSError for one that
     cannot be read, and the model is as it was.
     """
+    model = bare(model)
     with naming(path, "The model is unchanged."):
         content, tensors = read(path, KIND)
         stored = StoredModel.decode(content, tensors)

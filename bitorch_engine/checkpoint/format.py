@@ -199,6 +199,8 @@ def _replace_file(path: Path, data: bytes) -> None:
     path = Path(os.path.realpath(path))  # a link stays a link
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
     # Not from tempfile, whose files nobody else may read: the mode is that of any new file.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:

@@ -116,6 +116,17 @@ class StoredModel:
         return cls(values, settings, same)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of torch.compile and of data parallelism, which put prefixes before all names."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def encode_model(model: nn.Module, *, training: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(content, tensors) that hold the model, with all that training needs or without.
 

@@ -9,7 +9,7 @@ from bitorch_engine.checkpoint.deployment import library_version
 from bitorch_engine.checkpoint.fit import fit
 from bitorch_engine.checkpoint.format import CheckpointError, StrPath, explained, naming, read, write
 from bitorch_engine.checkpoint.rollback import Scheduler, restored_on_error, rng_state, set_rng_state
-from bitorch_engine.checkpoint.stored_model import StoredModel, encode_model
+from bitorch_engine.checkpoint.stored_model import StoredModel, bare, encode_model
 from bitorch_engine.checkpoint.structure import decode, encode
 
 KIND = "training"
@@ -33,6 +33,7 @@ def save_training(
     Raises TypeError, naming it, for state that the file cannot hold, such as functions; OSError where it cannot be
     written.
     """
+    model = bare(model)
     content, tensors = encode_model(model, training=True)
     content |= {"library_version": library_version(), "torch_version": str(torch.__version__)}
     content["optimizer"] = content["scheduler"] = None
@@ -61,6 +62,7 @@ def load_training(
     format, or not of this run, and OSError for one that cannot be read. Model, optimizer, scheduler and random number
     generators are then as they were.
     """
+    model = bare(model)
     with naming(path, "Nothing was changed."):
         content, tensors = read(path, KIND)
         stored = StoredModel.decode(content, tensors, "model.")

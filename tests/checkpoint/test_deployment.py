@@ -490,3 +490,17 @@ def test_saving_replaces_a_file_in_one_step(tmp_path: Path, network: Network, mo
         save(model, tmp_path / "m")
     assert (tmp_path / "m").read_bytes() == before
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: torch.compile(nn.DataParallel(m))])
+def test_wrappers_of_a_model_leave_no_trace_in_the_names(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    model, other = (nn.Sequential(nBitConv2d(3, 4, 3, a_bit=8), nn.ReLU()) for _ in range(2))
+    expected = outputs(model)
+    save(model, tmp_path / "plain")
+    save(wrap(model), tmp_path / "wrapped")
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "wrapped").read_bytes()
+    load(wrap(other), tmp_path / "wrapped")
+    assert torch.equal(outputs(other), expected)
+    bitorch_engine.save_training(tmp_path / "training", wrap(model), optimizer := torch.optim.SGD(model.parameters()))
+    bitorch_engine.load_training(tmp_path / "training", model, optimizer)

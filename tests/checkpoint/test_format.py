@@ -145,7 +145,10 @@ def test_pythons_own_errors_stay(tmp_path: Path) -> None:
         read(tmp_path / "missing", "deployment")
     with pytest.raises(IsADirectoryError):
         read(tmp_path, "deployment")
-    with pytest.raises(FileNotFoundError):
+
+
+def test_writing_into_a_folder_that_is_not_there_names_both(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder/x cannot be written: there is no folder .*no folder; make"):
         write(tmp_path / "no folder" / "x", "deployment", {}, {})
 
 
