@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bitorch_engine import ops
 from bitorch_engine.bits import bit_format
@@ -20,7 +20,8 @@ class LowBitLayer(nn.Module):
     """Stands before a torch.nn class, whose arguments, geometry and checks it keeps; ``weight`` becomes packed.
 
     w_bit: bits of the weight, 1 to 8.
-    a_bit: bits of the input, quantized with a learned scale; None: float.
+    a_bit: bits of the input, quantized with a learned scale; None: float. Codes have no NaN: one NaN or Inf in the
+        input makes all results of the batch NaN, where torch.nn keeps it to its sample.
     g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
     """
@@ -175,6 +176,11 @@ class LowBitLayer(nn.Module):
     def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
         """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
         check_floats(x)
+        if not torch.compiler.is_compiling() and ops.is_transformed():
+            raise NotImplementedError(
+                f"{type(self).__name__} with a_bit or g_bit is not supported in torch.func's transforms (grad, vmap, "
+                "...), as its quantizers are autograd functions of their own; use backward() or torch.autograd.grad."
+            )
         # Module.__getattr__ takes as long as a small kernel.
         activation: Any = self._modules.get("activation")
         packed = self._parameters.get("weight")
@@ -303,7 +309,12 @@ def transposed_groups(layer: nn.Module) -> int:
 
 
 def check_floats(x: Tensor) -> None:
-    """Raise TypeError for an input of integers, whose dtype the result would have."""
+    """Raise TypeError for an input of integers, whose dtype the result would have, and for a symbol of torch.fx."""
+    if isinstance(x, fx.Proxy):
+        raise TypeError(
+            "torch.fx.symbolic_trace cannot look into low-bit layers. Trace the float model and call quantize_ on the "
+            "graph module, or trace with a torch.fx.Tracer whose is_leaf_module is True for LowBitLayer."
+        )
     if not x.is_floating_point():
         raise TypeError(f"the input must be floating point, got {x.dtype}; convert it: x.to(torch.float32).")
 

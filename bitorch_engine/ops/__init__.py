@@ -1,7 +1,7 @@
 """What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
 from bitorch_engine.ops import cpu, triton
-from bitorch_engine.ops.library import Plan, is_plain, kind_of, plan, unheard, unobserved
+from bitorch_engine.ops.library import Plan, is_plain, is_transformed, kind_of, plan, unheard, unobserved
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.float_conv import FEW_CHANNELS
 from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
@@ -57,6 +57,7 @@ __all__ = [
     "dither_levels",
     "is_per_row",
     "is_plain",
+    "is_transformed",
     "kind_of",
     "level_rate",
     "linear_grad_input",

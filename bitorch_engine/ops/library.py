@@ -116,6 +116,11 @@ def unobserved() -> bool:
     return unheard() and not _traces() and _transform_level() is None
 
 
+def is_transformed() -> bool:
+    """Whether this runs under a transform of torch.func."""
+    return _transform_level() is not None
+
+
 def unheard() -> bool:
     """The part of ``unobserved()`` that ``kind_of`` does not see."""
     return not (_is_compiling() or _records() or _dispatch_modes() or _function_modes() or _profiles())

@@ -43,7 +43,8 @@ class DiodeMix(torch.optim.Optimizer):
 
     Group keys ``rank, update_proj_gap, scale, proj_type`` switch on GaLore for the group: parameters of two or more
     dimensions are stepped in a gradient of low rank. Every key can be set for a group.
-    Defaults differ from bitorch-engine's (lr 1e-4, betas (0.99, 0.9999)), which need ten thousands of steps.
+    Defaults differ from the original BITorch Engine's (lr 1e-4, betas (0.99, 0.9999)), which need ten thousands of
+    steps.
 
     A step with a NaN or Inf gradient in any parameter raises ValueError, and nothing has changed.
     """
@@ -239,6 +240,12 @@ class DiodeMix(torch.optim.Optimizer):
 
 def _look_at(group: dict[str, Any], p: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor]:
     """(what a parameter's own step needs, whether its gradient is surely finite) from one pass over it."""
+    if grad.layout is not torch.strided or grad.is_complex():
+        kind = "complex" if grad.is_complex() else "sparse"
+        raise TypeError(
+            f"DiodeMix steps parameters with dense, real gradients, got a {kind} one, of shape {tuple(grad.shape)}; "
+            "give that parameter another optimizer (torch.optim's SparseAdam, or AdamW). Nothing was changed."
+        )
     if group["memory"] == "channel" and isinstance(p, PackedParameter):
         return squares_of_rows(p, grad)
     return None, is_finite(grad)
@@ -263,7 +270,10 @@ def _galore_options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    (beta1, beta2), memory = group["betas"], group["memory"]
+    betas, memory = group["betas"], group["memory"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise ValueError(f"betas must be two numbers, (beta1, beta2), got {betas!r}.")
+    beta1, beta2 = betas
     for name in ("lr", "eps", "weight_decay"):
         if not float(group[name]) >= 0:
             raise ValueError(f"{name} must be at least 0, got {group[name]}.")

@@ -173,6 +173,11 @@ def _mutate(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, ..
         for i in written
         if i < len(args)
     )
+    if in_lists and "lerp" in func.__name__:
+        raise NotImplementedError(
+            f"{func} writes lists of tensors, which packed weights do not take. Averages of weights (multi_avg_fn in "
+            "torch.optim.swa_utils) belong in floats: average weight.dequantize(), and put it back with quantize_."
+        )
     if in_lists:
         raise NotImplementedError(
             f"{func} writes lists of tensors and is not supported for packed weights; for an optimizer, pass "

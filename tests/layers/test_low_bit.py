@@ -472,3 +472,25 @@ def test_the_input_can_have_other_bits_while_the_weight_stays() -> None:
     layer.activation = None
     assert layer.a_bit is None
     check(layer, x)
+
+
+@pytest.mark.parametrize("kind", [be.nBitConv2d, be.nBitConvTranspose2d, be.nBitLinear])
+@pytest.mark.parametrize("bits", [{}, {"a_bit": 8}, {"g_bit": 8}], ids=str)
+def test_symbolic_tracing_says_what_to_do(kind: Any, bits: dict[str, int]) -> None:
+    model = nn.Sequential(kind(*[3] * (2 if kind is be.nBitLinear else 3), **bits))
+    with pytest.raises(TypeError, match="Trace the float model and call quantize_ on the graph module"):
+        torch.fx.symbolic_trace(model)
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4)))
+    assert len(be.quantize_(traced, **bits).converted) == 1
+    assert traced(torch.randn(2, 3)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("bits", [{"a_bit": 8}, {"g_bit": 8}], ids=str)
+def test_transforms_of_torch_func_are_refused(bits: dict[str, int]) -> None:
+    layer, x = be.nBitConv2d(3, 4, 3, **bits), torch.randn(2, 3, 6, 6)
+    for _ in range(2):
+        with pytest.raises(
+            NotImplementedError, match=r"with a_bit or g_bit is not supported in torch.func's transforms"
+        ):
+            torch.func.grad(lambda x: layer(x).sum())(x)
+        layer(x)

@@ -758,3 +758,21 @@ class TestErrors:
             DiodeMix([{"params": task.parameters()}, {"params": task.conv.parameters()}])
         with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
             DiodeMix([])
+
+
+def test_betas_that_are_not_two_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"betas must be two numbers, \(beta1, beta2\), got \(0.9,\)"):
+        DiodeMix([nBitConvParameter(torch.randn(4, 3))], betas=(0.9,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_gradients_that_are_sparse_or_complex_are_refused_before_anything_changes(kind: str) -> None:
+    weight = nBitConvParameter(torch.randn(4, 3))
+    table = nn.Embedding(5, 3, sparse=True)
+    other = table.weight if kind == "sparse" else nn.Parameter(torch.randn(4, dtype=torch.complex64))
+    loss = table(torch.tensor([1])).sum() if kind == "sparse" else other.abs().sum()
+    (loss + weight.sum()).backward()
+    optimizer, codes = DiodeMix([weight, other], lr=0.5), weight.codes
+    with pytest.raises(TypeError, match=f"dense, real gradients, got a {kind} one, of shape"):
+        optimizer.step()
+    assert torch.equal(weight.codes, codes) and not optimizer.state

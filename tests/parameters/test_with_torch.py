@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bitorch_engine import nBitConv2d, nBitConvParameter, nBitConvTranspose2d, nBitLinear
 from bitorch_engine.optim import DiodeMix
@@ -205,6 +206,35 @@ class TestWrites:
         assert torch.equal(torch.get_rng_state(), generator)
         # each of 40 means has a standard deviation of at most level / 2 / sqrt(trials)
         assert float((total / trials - values).abs().max()) < 5 * level / 2 / trials**0.5
+
+
+class TestAverages:
+    def test_a_list_of_averages_is_refused_with_what_to_do(self) -> None:
+        model = nBitLinear(6, 4)
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        averaged.update_parameters(model)
+        with pytest.raises(
+            NotImplementedError, match=r"average weight\.dequantize\(\), and put it back with quantize_"
+        ):
+            averaged.update_parameters(model)
+
+    def test_the_recipe_keeps_moves_that_are_smaller_than_a_code(self) -> None:
+        model = nBitLinear(60, 40, w_bit=3)
+        start, optimizer = model.weight.dequantize(), DiodeMix(model.parameters(), lr=1e-3)
+        with torch.no_grad():
+            averages = {name: p.dequantize().clone() for name, p in model.named_parameters()}
+        for _ in range(50):
+            model.weight.grad, model.bias.grad = torch.ones(40, 60), torch.ones(40)
+            optimizer.step()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    averages[name].lerp_(p.dequantize(), 0.01)
+        averaged = copy.deepcopy(model)
+        averaged.load_state_dict(averages, strict=False)
+        error = averaged.weight.dequantize() - averages["weight"]
+        assert float(error.square().mean()) < 0.06 * float(averages["weight"].square().mean())
+        assert model.weight.dequantize().mean() < averaged.weight.dequantize().mean() < start.mean()
+        assert torch.equal(averaged.bias, averages["bias"])
 
 
 # -- several ranks -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Convolutions whose weight is 1 to 8 bits: the parameter, the six layers, and the base class of bitorch-engine."""
+"""Convolutions whose weight is 1 to 8 bits: the parameter, the six layers, the original BITorch Engine's base class."""
 
 from typing import ClassVar
 
@@ -66,6 +66,7 @@ class _Forward(nBitConv):
                 return planned
         if self.a_bit is None and self.g_bit is None:
             return self._convolve_floats(input)
+        check_floats(input)
         if input.dim() == len(self.kernel_size) + 1:
             return _Forward.forward(self, input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":
@@ -116,6 +117,7 @@ class _ForwardTransposed(nBitConv):
         planned = self.planned(input, tuple(output_padding))
         if planned is not None:
             return planned
+        check_floats(input)
         return self._convolve(input, padding, output_padding=tuple(output_padding))
 
 
@@ -129,7 +131,8 @@ class nBitConv2d(_Forward, nn.Conv2d):
     Takes torch.nn.Conv2d's arguments, then by keyword:
 
     w_bit: bits of the weight, 1 to 8.
-    a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float.
+    a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float. One NaN or Inf in
+        the input makes all results of the batch NaN.
     g_bit: bits of the gradient on its way into the two backward convolutions, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
 
@@ -154,7 +157,7 @@ class nBitConvTranspose3d(_ForwardTransposed, nn.ConvTranspose3d):
 
 
 class nBitConv2dBase(WeightAccess, nBitConv2d):
-    """``nBitConv2d`` under the name and constructor of bitorch-engine: no bias, no groups, 4-bit activations."""
+    """``nBitConv2d`` under the name and constructor of the original BITorch Engine: no bias or groups, 4-bit input."""
 
     def __init__(
         self,

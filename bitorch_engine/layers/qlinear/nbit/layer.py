@@ -1,4 +1,4 @@
-"""Linear layers whose weight is 1 to 8 bits: the parameter, the layer, and the base class of bitorch-engine."""
+"""Linear layers whose weight is 1 to 8 bits: the parameter, the layer, and the original BITorch Engine's base class."""
 
 from typing import ClassVar
 
@@ -25,7 +25,8 @@ class nBitLinear(LowBitLayer, nn.Linear):
     Takes torch.nn.Linear's arguments, then by keyword:
 
     w_bit: bits of the weight, 1 to 8.
-    a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float.
+    a_bit: bits of the input, quantized with a learned scale that the first batch sets; None: float. One NaN or Inf in
+        the input makes all results of the batch NaN.
     g_bit: bits of the gradient on its way into the two backward products, 2 to 8; None: float.
     learn_scale: the weight's scale is trained too. Worth it where no normalization layer follows.
 
@@ -42,12 +43,12 @@ class nBitLinear(LowBitLayer, nn.Linear):
         planned = self.planned(input)
         if planned is not None:
             return planned
+        check_floats(input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"the input's last dimension must have in_features (={self.in_features}) elements, got "
                 f"{tuple(input.shape)}."
             )
-        check_floats(input)
         if self.a_bit is None and self.g_bit is None:
             return self._multiply_float(in_autocast_dtype(input))
         if input.dim() == 2:
@@ -70,7 +71,7 @@ class nBitLinear(LowBitLayer, nn.Linear):
 
 
 class nBitLinearBase(WeightAccess, nBitLinear):
-    """``nBitLinear`` under the name and constructor of bitorch-engine: no bias, 4-bit activations."""
+    """``nBitLinear`` under the name and constructor of the original BITorch Engine: no bias, 4-bit activations."""
 
     def __init__(
         self,
