@@ -1,4 +1,4 @@
-"""How the base classes of bitorch-engine let their weight be set and read."""
+"""How the base classes of the original BITorch Engine let their weight be set and read."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from bitorch_engine.parameters import PackedParameter
 
 
 class WeightAccess(LowBitLayer):
-    """The methods of bitorch-engine's ``...Base`` layers that hand weights in and out."""
+    """The methods of the original BITorch Engine's ``...Base`` layers that hand weights in and out."""
 
     def prepare_params(self) -> None:
         """Nothing to prepare: the weight is packed from the start."""
@@ -53,6 +53,6 @@ class WeightAccess(LowBitLayer):
 
 
 def require_symmetric(symmetric: bool) -> None:
-    """Raise NotImplementedError for ``symmetric=False``, which bitorch-engine's binary layers may be asked for."""
+    """Raise NotImplementedError for ``symmetric=False``, which the original's binary layers may be asked for."""
     if not symmetric:
         raise NotImplementedError("symmetric=False is not supported: binary weights are -1 and +1, times a scale.")

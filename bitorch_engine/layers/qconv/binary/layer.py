@@ -1,4 +1,4 @@
-"""Convolutions of 1-bit weights and 1-bit activations, their parameter, and the base class of bitorch-engine."""
+"""Convolutions of 1-bit weights and 1-bit activations, their parameter, the original BITorch Engine's base class."""
 
 import torch
 
@@ -35,7 +35,7 @@ class BinaryConv3d(BinaryLayer, nBitConv3d):
 
 
 class BinaryConv2dBase(WeightAccess, BinaryConv2d):
-    """``BinaryConv2d`` under the name and constructor of bitorch-engine: no bias, no groups."""
+    """``BinaryConv2d`` under the name and constructor of the original BITorch Engine: no bias, no groups."""
 
     def __init__(
         self,

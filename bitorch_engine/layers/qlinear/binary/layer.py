@@ -1,4 +1,4 @@
-"""The linear layer of 1-bit weights and 1-bit activations, its parameter, and the base class of bitorch-engine."""
+"""The linear layer of 1-bit weights and 1-bit activations, its parameter, the original BITorch Engine's base class."""
 
 import torch
 
@@ -23,7 +23,7 @@ class BinaryLinear(BinaryLayer, nBitLinear):
 
 
 class BinaryLinearBase(WeightAccess, BinaryLinear):
-    """``BinaryLinear`` under the name and constructor of bitorch-engine: no bias."""
+    """``BinaryLinear`` under the name and constructor of the original BITorch Engine: no bias."""
 
     def __init__(
         self,
