@@ -176,7 +176,7 @@ class LowBitLayer(nn.Module):
     def multiply(self, x: Tensor, geometry: ops.Convolution) -> Tensor:
         """Quantize the input, (N, C, *spatial), convolve it with the weight, and add the bias."""
         check_floats(x)
-        if not torch.compiler.is_compiling() and ops.is_transformed():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.is_transformed():
             raise NotImplementedError(
                 f"{type(self).__name__} with a_bit or g_bit is not supported in torch.func's transforms (grad, vmap, "
                 "...), as its quantizers are autograd functions of their own; use backward() or torch.autograd.grad."
