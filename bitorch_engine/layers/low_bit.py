@@ -165,6 +165,8 @@ class LowBitLayer(nn.Module):
             if value != (current := getattr(self, name, value)):
                 raise AttributeError(f"{name} of this layer is {current} and cannot be set: {_BELONGS_TO[name]}.")
             return
+        if name == "activation" and not isinstance(value, ActivationQuantizer | None):
+            raise TypeError(f"activation must be an ActivationQuantizer or None, got {type(value).__name__}.")
         super().__setattr__(name, value)
         if name == "activation":  # a_bit is read before every call, and a property takes longer
             self.__dict__["a_bit"] = None if value is None else value.bits

@@ -431,6 +431,8 @@ class PackedParameter(nn.Parameter):
             current = getattr(self, name)
             if current is not None and value is not None and current.shape == value.shape:
                 current.copy_(value)
+            elif name == "scale_moments" and current is not None and value is None:
+                current.zero_()  # another view of this weight, as ``data``, may hold them too
             else:
                 setattr(self, name, None if value is None else value.to(self.device, copy=True))
         self.noise_seed, self.noise_step, self.grad_exponent = other.noise_seed, other.noise_step, other.grad_exponent

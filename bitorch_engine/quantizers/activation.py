@@ -144,16 +144,17 @@ class ActivationQuantizer(nn.Module):
         self._number = _registered(self)
 
 
-def _registered(quantizer: ActivationQuantizer) -> int:
+def _registered(quantizer: ActivationQuantizer) -> Tensor:
+    """A number of its own, 0-dim: compiled code reads it, and is the same for all quantizers."""
     number = next(_numbers)
     _quantizers[number] = quantizer
-    return number
+    return torch.tensor(number, device="cpu")
 
 
 @torch.library.custom_op("bitorch_engine::prepare_activation", mutates_args=("initial_scale", "low"))
-def _prepare_when_run(x: Tensor, initial_scale: Tensor, low: Tensor, number: int, records: bool) -> None:
+def _prepare_when_run(x: Tensor, initial_scale: Tensor, low: Tensor, number: Tensor, records: bool) -> None:
     """``prepare_`` for compiled code: what it finds out makes the quantizer ready, and the code is compiled again."""
-    quantizer = _quantizers[number]
+    quantizer = _quantizers[int(number)]
     quantizer._prepare_now_(x, records)
     if initial_scale is not quantizer.initial_scale:  # a compiler may pass copies
         initial_scale.copy_(quantizer.initial_scale)

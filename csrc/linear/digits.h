@@ -152,15 +152,15 @@ bool split_bytes_of(const uint8_t* bytes, int zero, const Digits& to) {
     const int64_t left = to.columns - first, count = group_columns(left, PER_BYTE * WIDTH);
     for (int64_t k = 0; k < count; ++k) {
       const int value = k < left ? bytes[first + k] - zero : 0;
-      if (DIGITS == 1) {
+      if constexpr (DIGITS == 1) {
         digits[0][k] = static_cast<int8_t>(value);
       } else {
         digits[0][k] = static_cast<int8_t>(value & 1);
-        digits[DIGITS - 1][k] = static_cast<int8_t>(value >> 1);
+        digits[1][k] = static_cast<int8_t>(value >> 1);
       }
     }
     scales[0] = 1;
-    scales[DIGITS - 1] = DIGITS;
+    if constexpr (DIGITS == 2) scales[1] = 2;
     put_group<Lane, WIDTH, PER_BYTE>(digits, count, GROUP, out, corrections);
   }
   return out;

@@ -63,7 +63,7 @@ std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction do
   std::vector<int8_t> digits(groups * GROUP * 2);
   std::vector<uint8_t> corrections(groups * 3 * WIDEST);
   std::vector<float> scales(groups * 3), sums(CHANNELS);
-  const int zero = static_cast<int>(random.between(0, 128));
+  const int zero = random.flip() ? 128 : static_cast<int>(random.between(0, 128));
   Digits to{digits.data(), corrections.data(), scales.data(), columns, 0, 1, 0};
   if (!split(bytes.data(), zero, bits, to)) {
     to.count = 2;

@@ -491,11 +491,12 @@ static inline float mean_square_here(const void* grad, int bf16, float factor, i
   if (length >= 8 * S::width) {
     length /= 8;
     for (int k = 0; k < 8; ++k) {
-      const int64_t start = k * length, there = std::min(std::max<int64_t>(count - start, 0), length);
+      const int64_t start = k * length, left = count - start;
+      const int64_t there = left < 0 ? 0 : left < length ? left : length;
       parts[k] = values + start;
       if (bf16 || there < length) {
         for (int64_t i = start; i < start + there; ++i) scratch[i] = value(i);
-        std::fill(scratch + start + there, scratch + start + length, 0.0f);
+        std::memset(scratch + start + there, 0, static_cast<size_t>(length - there) * sizeof(float));
         parts[k] = scratch + start;
       }
     }
@@ -520,7 +521,7 @@ static inline float mean_square_here(const void* grad, int bf16, float factor, i
     }
   } else {
     for (int64_t i = 0; i < count; ++i) scratch[i] = value(i) * factor * (value(i) * factor);
-    std::fill(scratch + count, scratch + length, 0.0f);
+    std::memset(scratch + count, 0, static_cast<size_t>(length - count) * sizeof(float));
   }
   for (length /= 2; length > 0; length /= 2) {
     for (int64_t i = 0; i < length; ++i) scratch[i] += scratch[length + i];

@@ -152,7 +152,7 @@ def plan(
     convolution = Convolution(*fields)
     if _is_of_pixels(x, weight_shape, convolution):  # as in squeeze and excitation
         out = (x.shape[0], weight_shape[0], *x.shape[2:])
-        made_of = (sources, x.shape[0], packed, channel_scale, bits, bias, x.shape[1])
+        made_of = (sources, x.shape[0], packed, channel_scale, bits, bias, x.shape[1], 3)
         of_rows = linear.plan_rows(*made_of, out, _strides(out, False))
         if of_rows is not None:
             return of_rows

@@ -146,7 +146,17 @@ def plan(
         return None
     out = torch.empty([*x.shape[:-1], channel_scale.numel()], device="meta")
     few = x.numel() // max(1, columns)
-    return plan_rows(sources, few, packed, channel_scale, bits, bias, columns, out.shape, out.stride())
+    digits = _digits(x.dtype)
+    made = plan_rows(sources, few, packed, channel_scale, bits, bias, columns, digits, out.shape, out.stride())
+    if made is None or not _are_digits(bits, columns):
+        return made
+
+    def at_this_precision(
+        x: Tensor, sources: Sequence[Tensor] | None, packed: Tensor, channel_scale: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        return made(x, sources, packed, channel_scale, bias) if _digits(torch.float32) == digits else None
+
+    return at_this_precision
 
 
 def plan_rows(
@@ -157,13 +167,15 @@ def plan_rows(
     bits: int,
     bias: Tensor | None,
     columns: int,
+    digits: int,
     shape: Sequence[int],
     strides: Sequence[int],
 ) -> Plan | None:
-    """A plan of ``few`` contiguous rows of float32, whatever shape they and their results have."""
+    """A plan of ``few`` contiguous rows of float32, whatever shape they and their results have. digits: bytes of an
+    activation, 3 for what is as exact as float32."""
     if not (_suits(few, bits, columns) and can_plan(sources, packed, channel_scale, bias)):
         return None
-    channels, digits = channel_scale.numel(), _digits(torch.float32)
+    channels = channel_scale.numel()
     check_packed(packed, channels * columns, bits)
     structure = _Planned(
         few,
@@ -176,16 +188,7 @@ def plan_rows(
         digits,
         threads(),
     )
-    made = make_plan(_planned, structure, shape, strides, torch.float32, sources, packed, channel_scale, bias)
-    if not _are_digits(bits, columns):
-        return made
-
-    def at_this_precision(
-        x: Tensor, sources: Sequence[Tensor] | None, packed: Tensor, channel_scale: Tensor, bias: Tensor | None
-    ) -> Tensor | None:
-        return made(x, sources, packed, channel_scale, bias) if _digits(torch.float32) == digits else None
-
-    return at_this_precision
+    return make_plan(_planned, structure, shape, strides, torch.float32, sources, packed, channel_scale, bias)
 
 
 def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
