@@ -152,8 +152,8 @@ def plan(
     convolution = Convolution(*fields)
     if _is_of_pixels(x, weight_shape, convolution):  # as in squeeze and excitation
         out = (x.shape[0], weight_shape[0], *x.shape[2:])
-        made_of = (sources, x.shape[0], packed, channel_scale, bits, bias, x.shape[1], 3)
-        of_rows = linear.plan_rows(*made_of, out, _strides(out, False))
+        rows = (sources, x.shape[0], packed, channel_scale, bits, bias, x.shape[1])
+        of_rows = linear.plan_rows(*rows, 3, out, _strides(out, False))
         if of_rows is not None:
             return of_rows
     found = _suited(x, bias, weight_shape, fields)
@@ -188,14 +188,17 @@ def _plan_of_torch(
     structure = _Decoded(packed.data_ptr(), channel_scale.data_ptr(), rows, *order, bits, threads())
     strides = _strides(tuple(weight_shape), channels_last)
     decode = make_plan(_decode, structure, weight_shape, strides, torch.float32, None, packed, channel_scale, None)
-    made_of = bias
 
-    def plan(
-        x: Tensor, sources: Sequence[Tensor] | None, packed: Tensor, channel_scale: Tensor, bias: Tensor | None
+    def convolve(
+        x_now: Tensor,
+        sources_now: Sequence[Tensor] | None,
+        packed_now: Tensor,
+        channel_scale_now: Tensor,
+        bias_now: Tensor | None,
     ) -> Tensor | None:
-        if bias is not made_of or (bias is not None and bias.dtype is not torch.float32):
+        if bias_now is not bias or (bias is not None and bias.dtype is not torch.float32):
             return None
-        weight = decode(x, None, packed, channel_scale, None)
-        return None if weight is None else convolution.forward(x, weight, bias)
+        weight = decode(x_now, None, packed_now, channel_scale_now, None)
+        return None if weight is None else convolution.forward(x_now, weight, bias)
 
-    return plan
+    return convolve

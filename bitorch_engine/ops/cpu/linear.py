@@ -144,6 +144,8 @@ def plan(
         return with_short_bias(lambda copy: plan(*head, copy, columns, group_size), bias)
     if group_size or x.dtype is not torch.float32 or not x.is_contiguous() or x.shape[-1] != columns:
         return None
+    if not can_plan(sources, packed, channel_scale, bias):
+        return None
     out = torch.empty([*x.shape[:-1], channel_scale.numel()], device="meta")
     few = x.numel() // max(1, columns)
     digits = _digits(x.dtype)
@@ -172,8 +174,8 @@ def plan_rows(
     strides: Sequence[int],
 ) -> Plan | None:
     """A plan of ``few`` contiguous rows of float32, whatever shape they and their results have. digits: bytes of an
-    activation, 3 for what is as exact as float32."""
-    if not (_suits(few, bits, columns) and can_plan(sources, packed, channel_scale, bias)):
+    activation, 3 for what is as exact as float32. ``can_plan`` the tensors."""
+    if not _suits(few, bits, columns):
         return None
     channels = channel_scale.numel()
     check_packed(packed, channels * columns, bits)

@@ -8,7 +8,8 @@ from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
 
 FEW_CHANNELS = 32
-"""Channels of a pixel up to which a backend may be faster than torch's convolution; it is not asked beyond them."""
+"""Channels of a pixel up to which a backend may be faster than torch's convolution: beyond them F.conv2d and its kin
+do not ask it, and layers do for what they repeat."""
 
 
 def conv_weight_only(
