@@ -20,7 +20,6 @@
 //   read_levels, write_levels: 128 levels from and to the two planes
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "update/update.h"
