@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitorch_engine import __version__
-from bitorch_engine.ops import cpu, triton
+from bitorch_engine.ops import calls, cpu, triton
 from bitorch_engine.ops.library import defined, wanted_backend
 
 
@@ -59,6 +59,7 @@ def kernel_facts() -> dict[str, Any]:
     how = "interpreted on the CPU, slowly" if triton.interpreted() else "compiled at the first call"
     return {
         "instruction set": _instruction_set(),
+        "layers' calls": _calls(),
         "kernels": {name: _used(isas) for name, isas in cpu.kernels().items()} if in_use else {},
         "ops": {op: "kernels" if in_use and op in cpu.IMPLEMENTATIONS else "plain PyTorch" for op in defined()},
         "GPU kernels": f"none: {no_triton}" if no_triton else f"Triton {_triton_version()}, {how}",
@@ -98,6 +99,12 @@ def _instruction_set() -> str:
     if current == best:
         return f"{current}, the best that this processor has and the kernels know"
     return f"{current}, capped by BITORCH_ENGINE_CPU; without it {best}"
+
+
+def _calls() -> str:
+    if not _in_use():
+        return "Python"
+    return "compiled" if calls.CALLS else "Python, 2 us slower each: there were no Python headers to compile them with"
 
 
 def _used(isas: list[str]) -> str:

@@ -133,6 +133,10 @@ class LowBitLayer(nn.Module):
     def planned(self, x: Tensor, output_padding: tuple[int, ...] = ()) -> Tensor | None:
         """The result where no gradient is recorded and the layer was called before with such an ``x``; else None. At
         small sizes looking things up takes longer than the kernel."""
+        if _is_compiling():
+            return None
+        if ops.calls.CALLS is not None:
+            return ops.calls.CALLS.planned(self.__dict__, x, output_padding)
         if not ops.unheard():
             return None
         state = self.__dict__  # an attribute of a module takes three times as long, one that is missing a microsecond
@@ -286,6 +290,9 @@ class LowBitLayer(nn.Module):
                 for name, current in self.activation.state_dict(prefix=prefix + "activation.").items():
                     state_dict.setdefault(name, current)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def _forget_plans(layer: nn.Module) -> None:

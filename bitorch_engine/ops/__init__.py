@@ -1,6 +1,6 @@
 """What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
-from bitorch_engine.ops import cpu, triton
+from bitorch_engine.ops import calls, cpu, triton
 from bitorch_engine.ops.library import Plan, is_plain, is_transformed, kind_of, plan, unheard, unobserved
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.float_conv import FEW_CHANNELS
@@ -33,6 +33,7 @@ from bitorch_engine.ops.schemas import (
 )
 
 __all__ = [
+    "calls",
     "is_channels_last",
     "quantize_gradient",
     "quantize_activation",

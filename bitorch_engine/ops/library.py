@@ -108,6 +108,8 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 _profiles, _traces = torch._C._autograd._profiler_enabled, torch._C._is_tracing
 _transform_level = torch._C._functorch.maybe_current_level
 _autocasts = torch._C._is_any_autocast_enabled
+LISTENERS = (_records, _dispatch_modes, _function_modes, _profiles)
+"""Tell whether something but a compiler has to hear of an op, each by a number that is not 0."""
 _TensorGuards: Any = torch._C._dynamo.guards.TensorGuards
 
 

@@ -34,6 +34,12 @@ def test_each_kernel_is_listed_with_the_instruction_set_in_use() -> None:
 
 
 @compiled
+def test_calls_without_python_headers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.calls, "CALLS", None)
+    assert "headers" in str(facts()["layers' calls"])
+
+
+@compiled
 def test_the_reference_is_named_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITORCH_ENGINE_BACKEND", "reference")
     found = facts()

@@ -1,7 +1,9 @@
 """A layer that keeps plans of its calls gives what it gives without, whatever was written or replaced in between."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,19 @@ from torch import Tensor, nn
 
 import bitorch_engine as be
 from bitorch_engine.layers.low_bit import LowBitLayer
-from bitorch_engine.ops import cpu
+from bitorch_engine.ops import calls, cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason="the kernels are not compiled")
+
+
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def calls_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this holds for csrc/python, and for what takes its place where it is not compiled."""
+    if request.param == "python":
+        monkeypatch.setattr(calls, "CALLS", None)
+    elif calls.CALLS is None:
+        pytest.skip("compiled without Python's headers")
+
 
 IMAGE = torch.rand(2, 12, 6, 6) - 0.3
 ROWS = torch.rand(3, 32) - 0.3
@@ -494,3 +506,23 @@ def test_transforms_of_torch_func_are_refused(bits: dict[str, int]) -> None:
         ):
             torch.func.grad(lambda x: layer(x).sum())(x)
         layer(x)
+
+
+def test_plans_of_either_kind_are_called_with_all_that_they_look_at() -> None:
+    layer, x = in_use("conv")
+    ((_, _, plan),) = layer._plans
+    with pytest.raises(TypeError, match="argument"):
+        plan(x)
+
+
+def test_layers_are_freed_with_their_plans() -> None:
+    layer, _ = in_use("conv")
+
+    def hook(grad: Tensor, held: nn.Module = layer) -> Tensor:
+        return grad
+
+    layer.bias.register_hook(hook)  # a cycle through what the plan holds
+    freed = weakref.ref(layer)
+    del layer, hook
+    gc.collect()
+    assert freed() is None

@@ -1,6 +1,7 @@
 """Plans: calls that a layer repeats, of which all but the input is looked up and handed to the kernel once."""
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from bitorch_engine.ops import calls
 from bitorch_engine.ops.cpu.loading import INT, POINTER, current_isa, function, threads
-from bitorch_engine.ops.library import Plan, is_plain
+from bitorch_engine.ops.library import LISTENERS, Plan, is_plain
 
 
 def planned(name: str) -> Any:
@@ -83,44 +85,85 @@ def make_plan(
     """
     if sources is not None:
         structure.watch.set(sources)
-    address, count, isa, version = ctypes.addressof(structure), threads(), current_isa(), packed._version
-    place, scale_place = packed.data_ptr(), channel_scale.data_ptr()
-    bias_place = None if bias is None else bias.data_ptr()
-    float32, thread_count, sizes, steps = torch.float32, torch.get_num_threads, tuple(shape), tuple(strides)
+    facts = _Facts(
+        kernel=ctypes.cast(kernel, ctypes.c_void_p).value,
+        structure=ctypes.addressof(structure),
+        sources=sources,
+        packed=packed,
+        channel_scale=channel_scale,
+        bias=bias,
+        version=packed._version,
+        packed_place=packed.data_ptr(),
+        scale_place=channel_scale.data_ptr(),
+        bias_place=None if bias is None else bias.data_ptr(),
+        threads=threads(),
+        isa=current_isa(),
+        shape=tuple(shape),
+        strides=tuple(strides),
+        dtype=dtype,
+        # Memory that is held is given to no other tensor, which would then be found at the same place.
+        held=(structure, used, [t.detach() for t in (packed, channel_scale, bias, *(sources or ())) if t is not None]),
+    )
+    return functools.partial(_run, kernel, facts) if calls.CALLS is None else calls.CALLS.bind(facts)
 
-    def plan(
-        x: Tensor,
-        sources_now: Sequence[Tensor] | None,
-        packed_now: Tensor,
-        channel_scale_now: Tensor,
-        bias_now: Tensor | None,
-    ) -> Tensor | None:
-        if (
-            packed_now is not packed
-            or packed._version != version
-            or packed.data_ptr() != place
-            or channel_scale_now is not channel_scale
-            or channel_scale.data_ptr() != scale_place
-            or not channel_scale.is_contiguous()
-            or sources_now is not sources
-            or bias_now is not bias
-            or thread_count() != count
-            or current_isa() != isa  # the order of the weights depends on it
-        ):
-            return None
-        if bias is not None and (
-            bias.data_ptr() != bias_place or bias.dtype is not float32 or not bias.is_contiguous()
-        ):
-            return None
-        y = _empty_strided(sizes, steps, dtype)
-        if outcome := kernel(address, x.data_ptr(), y.data_ptr()):
-            return None if outcome == _CHANGED else y.fill_(math.nan)
-        return y
 
-    # Memory that is held is given to no other tensor, which would then be found at the same place.
-    held = [tensor.detach() for tensor in (packed, channel_scale, bias, *(sources or ())) if tensor is not None]
-    plan.keeps = (structure, used, held)  # type: ignore[attr-defined]
-    return plan
+class _Facts(NamedTuple):
+    """What a plan hands on, and what must be as it was. csrc/python/calls.cpp has the same fields."""
+
+    kernel: int | None
+    structure: int
+    sources: Sequence[Tensor] | None
+    packed: Tensor
+    channel_scale: Tensor
+    bias: Tensor | None
+    version: int
+    packed_place: int
+    scale_place: int
+    bias_place: int | None
+    threads: int
+    isa: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    held: Any
+
+
+def _run(
+    kernel: Any,
+    facts: _Facts,
+    x: Tensor,
+    sources: Sequence[Tensor] | None,
+    packed: Tensor,
+    channel_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """A plan's call. csrc/python/calls.cpp does the same."""
+    if (
+        sources is not facts.sources
+        or packed is not facts.packed
+        or channel_scale is not facts.channel_scale
+        or bias is not facts.bias
+        or packed._version != facts.version
+        or packed.data_ptr() != facts.packed_place
+        or channel_scale.data_ptr() != facts.scale_place
+        or not channel_scale.is_contiguous()
+        or threads() != facts.threads
+        or current_isa() != facts.isa  # the order of the weights depends on it
+    ):
+        return None
+    if bias is not None and (
+        bias.data_ptr() != facts.bias_place or bias.dtype is not torch.float32 or not bias.is_contiguous()
+    ):
+        return None
+    y = _empty_strided(facts.shape, facts.strides, facts.dtype)
+    if outcome := kernel(facts.structure, x.data_ptr(), y.data_ptr()):
+        return None if outcome == _CHANGED else y.fill_(math.nan)
+    return y
+
+
+if calls.CALLS is not None:
+    answers = Tensor.data_ptr, Tensor.is_contiguous, _empty_strided, torch.float32, torch.get_num_threads, current_isa
+    calls.CALLS.use(LISTENERS, *answers)
 
 
 def is_short(bias: Tensor | None) -> TypeGuard[Tensor]:

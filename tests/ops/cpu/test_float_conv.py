@@ -1,5 +1,6 @@
 """Convolutions of float pixels of few channels with packed weights agree with torch's on the weights they stand for."""
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -236,7 +237,8 @@ def by_torch(layer: nBitConv2d, x: Tensor) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry a call of the kernel."""
     kernel, called = float_conv._planned, []
-    monkeypatch.setattr(float_conv, "_planned", lambda *args: (called.append(1), kernel(*args))[1])
+    as_kernels_are = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3)
+    monkeypatch.setattr(float_conv, "_planned", as_kernels_are(lambda *args: (called.append(1), kernel(*args))[1]))
     return called
 
 
