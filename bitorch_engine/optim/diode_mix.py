@@ -16,7 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from bitorch_engine import ops
 from bitorch_engine.optim.galore_projector import GaLoreProjector
 from bitorch_engine.parameters import PackedParameter
-from bitorch_engine.parameters.step import all_true, check_finite, is_finite, squares_of_rows, step_, step_float_
+from bitorch_engine.parameters.step import (
+    all_true,
+    check_finite,
+    check_moments,
+    is_finite,
+    squares_of_rows,
+    step_,
+    step_float_,
+)
 
 _MOMENT_DTYPES = {
     "fp32": torch.float32,
@@ -85,20 +93,16 @@ class DiodeMix(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group(group)
-        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        seen = [[_look_at(group, p, p.grad) for p in parameters] for group, parameters in work]
-        if not all_true(finite for one in seen for _, finite in one):
+        work = [
+            (group, [(p, grad, *_look_at(group, p, grad)) for p in group["params"] if (grad := p.grad) is not None])
+            for group in self.param_groups
+        ]
+        if not all_true(finite for _, parameters in work for *_, finite in parameters):
             for _, parameters in work:
-                for p in parameters:
-                    check_finite(p.grad)
-        for (group, parameters), one in zip(work, seen, strict=True):
-            together = []
-            for p, (squares, _) in zip(parameters, one, strict=True):
-                if self._steps_as_torch(group, p):
-                    together.append(p)
-                else:
-                    self._step_one(group, p, squares)
-            self._step_together(group, together)
+                for _, grad, *_ in parameters:
+                    check_finite(grad)
+        for group, parameters in work:
+            self._step_group(group, [(p, grad, squares) for p, grad, squares, _ in parameters])
         return loss
 
     def step_in_backward(self) -> list[RemovableHandle]:
@@ -113,16 +117,15 @@ class DiodeMix(torch.optim.Optimizer):
             raise NotImplementedError("step_in_backward steps before gradients are averaged over ranks; use step().")
 
         def hook_for(group: dict[str, Any]) -> Callable[[Tensor], None]:
+            @torch.no_grad()
             def hook(p: Tensor) -> None:
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     return
-                squares, finite = _look_at(group, p, p.grad)
+                squares, finite = _look_at(group, p, grad)
                 if not bool(finite):
-                    check_finite(p.grad)
-                if self._steps_as_torch(group, p):
-                    self._step_together(group, [p])
-                else:
-                    self._step_one(group, p, squares)
+                    check_finite(grad)
+                self._step_group(group, [(p, grad, squares)])
                 p.grad = None
 
             return hook
@@ -134,83 +137,24 @@ class DiodeMix(torch.optim.Optimizer):
             if p.requires_grad
         ]
 
-    def _steps_as_torch(self, group: dict[str, Any], p: Tensor) -> bool:
-        """Whether torch's AdamW does what is done with a parameter here: many small ones then cost little."""
-        grad, state = p.grad, self.state[p]
-        return (
-            type(p) is nn.Parameter
-            and (p.is_cpu or p.is_cuda)
-            and grad is not None
-            and p.dtype is torch.float32
-            and grad.dtype is torch.float32
-            and p.is_contiguous()
-            and grad.is_contiguous()
-            and group["correct_bias"]
-            and "rank" not in group
-            and ("exp_avg_l" in state if state else not _is_channel_matrix(p, group["memory"]))
-        )
-
-    def _step_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Step parameters for which ``_steps_as_torch``, in one call of torch's AdamW for each kind of device."""
-        if not parameters:
-            return
-        if 0 < sum(p.is_cpu for p in parameters) < len(parameters):
-            for on_cpu in (True, False):
-                self._step_together(group, [p for p in parameters if p.is_cpu == on_cpu])
-            return
-        states, grads = [self.state[p] for p in parameters], [p.grad for p in parameters if p.grad is not None]
-        for state, p, grad in zip(states, parameters, grads, strict=True):
-            if not state:
-                state |= {"step": torch.zeros(())} | _new_moments(p, grad, group["memory"])
-        adamw(
-            parameters,
-            grads,
-            [state["exp_avg_l"] for state in states],
-            [state["exp_avg_s"] for state in states],
-            [],
-            [state["step"] for state in states],
-            # Fused, a GPU would want the step counters in its memory; one kernel for many tensors does without.
-            fused=parameters[0].is_cpu,
-            foreach=not parameters[0].is_cpu,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _step_one(self, group: dict[str, Any], p: Tensor, squares: Tensor | None) -> None:
-        """Ask one parameter to step itself. squares: what ``_look_at`` gave for its gradient."""
-        grad = p.grad
-        if grad is None:
-            return
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros(())
-            if "rank" in group and p.dim() >= 2:
-                state["projector"] = GaLoreProjector(group["rank"], **_galore_options(group))
-        projector = state.get("projector")
-        if projector is not None:
-            rows = p.to_rows(grad) if isinstance(p, PackedParameter) else grad.flatten(1)
-            grad = projector.project(rows, int(state["step"]))
-        if "exp_avg_s" not in state:
-            state |= _new_moments(p, grad, group["memory"])
+    def _step_group(self, group: dict[str, Any], work: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """work: parameters of the group, their gradients, and what ``_look_at`` gave for those."""
         settings = {
             "lr": float(group["lr"]),
             "weight_decay": group["weight_decay"],
             "betas": group["betas"],
             "eps": group["eps"],
-            "correct_bias": group["correct_bias"],
-            "projector": projector,
-            "grad": grad,
+            "correct_bias": bool(group["correct_bias"]),
         }
-        moments = state["exp_avg_s"], state.get("exp_avg_l"), state["step"]
-        if isinstance(p, PackedParameter):
-            step_(p, *moments, dtype=group["dtype"], finite=True, squares=squares, **settings)
-        else:
-            step_float_(p, *moments, **settings)
+        together = []
+        for p, grad, squares in work:
+            state = self.state[p]
+            if _steps_as_torch(group, p, grad, state):
+                together.append((p, grad, state))
+            else:
+                _step_one(group, settings, p, grad, state, squares)
+        for on_cpu in (True, False):
+            _step_together(group, settings, [one for one in together if one[0].is_cpu == on_cpu], on_cpu)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: a projector stands as its own state_dict."""
@@ -249,6 +193,83 @@ def _look_at(group: dict[str, Any], p: Tensor, grad: Tensor) -> tuple[Tensor | N
     if group["memory"] == "channel" and isinstance(p, PackedParameter):
         return squares_of_rows(p, grad)
     return None, is_finite(grad)
+
+
+def _steps_as_torch(group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> bool:
+    """Whether torch's AdamW does what is done with a parameter here: many small ones then cost little."""
+    return (
+        type(p) is nn.Parameter
+        and (p.is_cpu or p.is_cuda)
+        and p.dtype is torch.float32
+        and grad.dtype is torch.float32
+        and p.is_contiguous()
+        and grad.is_contiguous()
+        and group["correct_bias"]
+        and "rank" not in group
+        and ("exp_avg_l" in state if state else not _is_channel_matrix(p, group["memory"]))
+    )
+
+
+def _step_together(
+    group: dict[str, Any],
+    settings: dict[str, Any],
+    work: list[tuple[Tensor, Tensor, dict[str, Any]]],
+    on_cpu: bool,
+) -> None:
+    """Step parameters for which ``_steps_as_torch``, with their gradients and states, in one call of torch's AdamW."""
+    if not work:
+        return
+    for p, grad, state in work:
+        if not state:
+            state |= {"step": torch.zeros(())} | _new_moments(p, grad, group["memory"])
+    adamw(
+        [p for p, _, _ in work],
+        [grad for _, grad, _ in work],
+        [state["exp_avg_l"] for _, _, state in work],
+        [state["exp_avg_s"] for _, _, state in work],
+        [],
+        [state["step"] for _, _, state in work],
+        # Fused, a GPU would want the step counters in its memory; one kernel for many tensors does without.
+        fused=on_cpu,
+        foreach=not on_cpu,
+        amsgrad=False,
+        beta1=settings["betas"][0],
+        beta2=settings["betas"][1],
+        lr=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        eps=settings["eps"],
+        maximize=False,
+    )
+
+
+def _step_one(
+    group: dict[str, Any],
+    settings: dict[str, Any],
+    p: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    squares: Tensor | None,
+) -> None:
+    """Step one parameter by itself. squares: what ``_look_at`` gave for its gradient."""
+    if not state:
+        state["step"] = torch.zeros(())
+        if "rank" in group and p.dim() >= 2:
+            state["projector"] = GaLoreProjector(group["rank"], **_galore_options(group))
+    projector = state.get("projector")
+    if projector is not None:
+        rows = p.to_rows(grad) if isinstance(p, PackedParameter) else grad.flatten(1)
+        grad = projector.project(rows, int(state["step"]))
+    if "exp_avg_s" not in state:
+        state |= _new_moments(p, grad, group["memory"])
+    moments = state["exp_avg_s"], state.get("exp_avg_l")
+    if isinstance(p, PackedParameter):
+        check_moments(p, grad, *moments, projected=projector is not None)
+        step_(
+            p, *moments, state["step"], dtype=group["dtype"], projector=projector, grad=grad, squares=squares,
+            **settings,
+        )  # fmt: skip
+    else:
+        step_float_(p, *moments, state["step"], projector=projector, grad=grad, **settings)
 
 
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:

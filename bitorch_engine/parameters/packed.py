@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from bitorch_engine import ops
 from bitorch_engine.bits import BitFormat, bit_format, has_values, packed_size
 from bitorch_engine.parameters.dispatch import dispatch
-from bitorch_engine.parameters.step import step_
+from bitorch_engine.parameters.step import update_
 from bitorch_engine.quantizers.weight import fit_scale, from_levels, holds, to_levels
 
 _IN_PLACE = 3  # noise stream of writes by in-place operators
@@ -310,7 +311,7 @@ class PackedParameter(nn.Parameter):
         A gradient of zero moves nothing. Raises ValueError where the gradient is not finite, TypeError and ValueError
         for what does not fit, before anything has changed.
         """
-        step_(
+        update_(
             qweight,
             exp_avg_s,
             exp_avg_l,
@@ -408,9 +409,7 @@ class PackedParameter(nn.Parameter):
     def count_version_(self) -> None:
         """Tell that the codes were written. Below autograd, where this happens, nobody else counts the packed tensor's
         versions, by which kernels know whether the weight that they have arranged is still this one."""
-        for tensor in (self, self.packed):
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+        increment_version([tensor for tensor in (self, self.packed) if not tensor.is_inference()])
 
     def _add_(self, delta: Tensor) -> None:
         """Add (R, K) floats to the weight, rounded stochastically."""
@@ -543,6 +542,8 @@ def _to_rows(x: Tensor, transposed_groups: int) -> Tensor:
     if transposed_groups:
         grouped = x.reshape(transposed_groups, x.shape[0] // transposed_groups, *x.shape[1:])
         return grouped.transpose(1, 2).reshape(transposed_groups * x.shape[1], -1)
+    if x.dim() == 2:
+        return x
     return x.reshape(x.shape[0], -1 if x.numel() else 0)
 
 

@@ -30,7 +30,8 @@ class Projector(Protocol):
 
 
 @_disable_dynamo
-def step_(
+@torch.no_grad()
+def update_(
     weight: "PackedParameter",
     exp_avg_s: Tensor | None,
     exp_avg_l: Tensor | None,
@@ -44,68 +45,95 @@ def step_(
     correct_bias: bool | None,
     projector: Projector | None,
     grad: Tensor | None,
-    finite: bool = False,
-    squares: Tensor | None = None,
 ) -> None:
-    """What ``PackedParameter.update`` documents. finite: the caller has seen that the gradient is.
-
-    squares: what ``squares_of_rows`` gave for it, if that was asked.
-    """
+    """What ``PackedParameter.update`` documents: all that can be wrong is checked, then ``step_``."""
     _check_settings(lr, weight_decay, betas, eps, dtype, step, correct_bias)
     grad = _gradient(weight, grad, projector, step)
-    _check_moments(weight, grad, exp_avg_s, exp_avg_l, projected=projector is not None)
-    full_grad = grad if projector is None else weight.grad
-    if weight.learn_scale and full_grad is None:
-        raise ValueError("a learned scale needs the full gradient besides the projected one: set qweight.grad.")
-    if not finite:
-        check_finite(grad)
-    if weight.learn_scale and full_grad is not None and full_grad is not grad:
-        check_finite(full_grad)
+    check_moments(weight, grad, exp_avg_s, exp_avg_l, projected=projector is not None)
+    if weight.learn_scale and projector is not None:
+        if weight.grad is None:
+            raise ValueError("a learned scale needs the full gradient besides the projected one: set qweight.grad.")
+        check_finite(weight.grad)
+    check_finite(grad)
     if projector is not None:
         _check_projected_back(weight, projector.project_back(grad))
+    step_(
+        weight,
+        exp_avg_s,
+        exp_avg_l,
+        step,
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=betas,
+        eps=eps,
+        dtype=dtype,
+        correct_bias=step is not None and correct_bias is not False,
+        projector=projector,
+        grad=grad,
+    )
 
-    with torch.no_grad():
-        residual = weight.require_residual_()
-        count = advance_(step) if step is not None else 0
-        weight.noise_step += 1
-        corrected = step is not None and (correct_bias is None or correct_bias)
-        settings: dict[str, Any] = {
-            "beta1": betas[0],
-            "beta2": betas[1],
-            "eps": eps,
-            "correction1": 1 - betas[0] ** count if corrected else 1.0,
-            "correction2": 1 - betas[1] ** count if corrected else 1.0,
-            "grad_factor": _grad_factor(weight, grad, exp_avg_s, exp_avg_l),
-            "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
-            "key": weight.noise_key(weight.noise_step),
-        }
-        scale = weight.channel_scale
-        factor = None
-        if weight.learn_scale and full_grad is not None:
-            factor = _scale_factor_(weight, weight.to_rows(full_grad.reshape(weight.shape)), lr, count)
-        if projector is None:
-            moments = (exp_avg_s, exp_avg_l)
-            in_rows = [_in_row_order(weight, moment) for moment in moments]
-            rows = weight.to_rows(grad)
-            if exp_avg_s is not None and ops.is_per_row(exp_avg_s, scale.numel(), grad.numel()):
-                if squares is None or settings["grad_factor"] != 1:
-                    squares = ops.mean_squares(rows, settings["grad_factor"])
-                v = exp_avg_s.view(-1)
-                v.copy_(v * betas[1] + squares * (1 - betas[1]))
-            ops.update_(weight.packed, residual, scale, rows, *in_rows, bits=weight.w_bit, lr=lr, **settings)
-            for moment, ordered in zip(moments, in_rows, strict=True):
-                if moment is not None and ordered is not None and ordered is not moment:
-                    moment.copy_(weight.from_rows(ordered))
-        else:
-            direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
-            rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
-            ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
-        if factor is not None:
-            scale.mul_(factor)
-        if weight_decay:
-            # The floor: where the scale is down to lr, one step already moves a whole code.
-            size = scale.abs()
-            scale.copy_(torch.maximum(size * (1 - lr * weight_decay), size.clamp_max(lr)).copysign(scale))
+
+def step_(
+    weight: "PackedParameter",
+    exp_avg_s: Tensor | None,
+    exp_avg_l: Tensor | None,
+    step: Tensor | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    dtype: torch.dtype,
+    correct_bias: bool,
+    projector: Projector | None,
+    grad: Tensor,
+    squares: Tensor | None = None,
+) -> None:
+    """The step of ``PackedParameter.update`` whose caller has checked everything, and records no gradient.
+
+    squares: what ``squares_of_rows`` gave for the gradient, if that was asked.
+    """
+    residual = weight.require_residual_()
+    count = advance_(step) if step is not None else 0
+    weight.noise_step += 1
+    settings: dict[str, Any] = {
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "eps": eps,
+        "correction1": 1 - betas[0] ** count if correct_bias else 1.0,
+        "correction2": 1 - betas[1] ** count if correct_bias else 1.0,
+        "grad_factor": _grad_factor(weight, grad, exp_avg_s, exp_avg_l),
+        "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
+        "key": weight.noise_key(weight.noise_step),
+    }
+    scale = weight.channel_scale
+    factor = None
+    if weight.learn_scale:
+        full_grad = grad if projector is None else weight.grad
+        assert full_grad is not None
+        factor = _scale_factor_(weight, weight.to_rows(full_grad.reshape(weight.shape)), lr, count)
+    if projector is None:
+        rows = weight.to_rows(grad)
+        if exp_avg_s is not None and ops.is_per_row(exp_avg_s, scale.numel(), grad.numel()):
+            if squares is None or settings["grad_factor"] != 1:
+                squares = ops.mean_squares(rows, settings["grad_factor"])
+            v = exp_avg_s.view(-1)
+            torch.add(v * betas[1], squares * (1 - betas[1]), out=v)
+        second, first = _in_row_order(weight, exp_avg_s), _in_row_order(weight, exp_avg_l)
+        ops.update_(weight.packed, residual, scale, rows, second, first, bits=weight.w_bit, lr=lr, **settings)
+        for moment, ordered in ((exp_avg_s, second), (exp_avg_l, first)):
+            if moment is not None and ordered is not None and ordered is not moment:
+                moment.copy_(weight.from_rows(ordered))
+    else:
+        direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
+        rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
+        ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
+    if factor is not None:
+        scale.mul_(factor)
+    if weight_decay:
+        # The floor: where the scale is down to lr, one step already moves a whole code.
+        size = scale.abs()
+        scale.copy_(torch.maximum(size * (1 - lr * weight_decay), size.clamp_max(lr)).copysign(scale))
     weight.count_version_()
 
 
@@ -125,23 +153,23 @@ def step_float_(
 ) -> None:
     """AdamW for a parameter that is not packed (Loshchilov & Hutter 2019, arXiv:1711.05101), in place.
 
+    As for ``step_``, the caller has checked everything, and records no gradient.
     exp_avg_s: of the gradient's shape, or with one value a row: the row's mean square.  exp_avg_l: may be None.
     """
-    with torch.no_grad():
-        count = advance_(step)
-        correction1, correction2 = (1 - betas[0] ** count, 1 - betas[1] ** count) if correct_bias else (1.0, 1.0)
-        wide = grad.to(exp_avg_s.dtype)
-        if exp_avg_s.shape == grad.shape:
-            exp_avg_s.mul_(betas[1]).addcmul_(wide, wide, value=1 - betas[1])
-        else:
-            mean_square = wide.square().flatten(1).mean(1).view_as(exp_avg_s)
-            exp_avg_s.mul_(betas[1]).add_(mean_square, alpha=1 - betas[1])
-        if exp_avg_l is not None:
-            wide = exp_avg_l.mul_(betas[0]).add_(wide, alpha=1 - betas[0]) / correction1
-        direction = wide / ((exp_avg_s / correction2).sqrt_() + eps)
-        if projector is not None:
-            direction = projector.project_back(direction)
-        weight.mul_(1 - lr * weight_decay).add_(direction.view_as(weight).to(weight.dtype), alpha=-lr)
+    count = advance_(step)
+    correction1, correction2 = (1 - betas[0] ** count, 1 - betas[1] ** count) if correct_bias else (1.0, 1.0)
+    wide = grad.to(exp_avg_s.dtype)
+    if exp_avg_s.shape == grad.shape:
+        exp_avg_s.mul_(betas[1]).addcmul_(wide, wide, value=1 - betas[1])
+    else:
+        mean_square = wide.square().flatten(1).mean(1).view_as(exp_avg_s)
+        exp_avg_s.mul_(betas[1]).add_(mean_square, alpha=1 - betas[1])
+    if exp_avg_l is not None:
+        wide = exp_avg_l.mul_(betas[0]).add_(wide, alpha=1 - betas[0]) / correction1
+    direction = wide / ((exp_avg_s / correction2).sqrt_() + eps)
+    if projector is not None:
+        direction = projector.project_back(direction)
+    weight.mul_(1 - lr * weight_decay).add_(direction.view_as(weight).to(weight.dtype), alpha=-lr)
 
 
 def check_finite(grad: Tensor) -> None:
@@ -155,7 +183,7 @@ def check_finite(grad: Tensor) -> None:
 
 def is_finite(grad: Tensor) -> Tensor:
     """0-dim bool: whether ``check_finite`` lets a gradient pass. On a GPU nobody has waited for it yet."""
-    return ops.all_within(grad.detach(), _LARGEST)
+    return ops.all_within(grad, _LARGEST)
 
 
 def squares_of_rows(weight: "PackedParameter", grad: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -166,10 +194,10 @@ def squares_of_rows(weight: "PackedParameter", grad: Tensor) -> tuple[Tensor | N
     """
     if weight.transposed_groups or not grad.is_contiguous():
         return None, is_finite(grad)
-    rows = weight.to_rows(grad.detach())
+    rows = weight.to_rows(grad)
     squares = ops.mean_squares(rows, 1.0)
     # Squares that add up to less than the square of _LARGEST are below it each; the half is for what was rounded.
-    return squares, (squares < 0.5 * _LARGEST**2 / max(1, rows.shape[1])).all()
+    return squares, ops.all_within(squares, 0.5 * _LARGEST**2 / max(1, rows.shape[1]))
 
 
 def all_true(flags: Iterable[Tensor]) -> bool:
@@ -182,8 +210,9 @@ def all_true(flags: Iterable[Tensor]) -> bool:
 
 def advance_(step: Tensor) -> int:
     """Add one to a step counter, in place, and return it."""
-    step.add_(1)
-    return int(step.item())
+    count = int(step.item()) + 1
+    step.fill_(count)
+    return count
 
 
 def _check_settings(
@@ -241,7 +270,7 @@ def _check_projected_back(weight: "PackedParameter", direction: Tensor) -> None:
         )
 
 
-def _check_moments(
+def check_moments(
     weight: "PackedParameter", grad: Tensor, exp_avg_s: Tensor | None, exp_avg_l: Tensor | None, *, projected: bool
 ) -> None:
     for name, moment in (("exp_avg_s", exp_avg_s), ("exp_avg_l", exp_avg_l)):
@@ -255,13 +284,10 @@ def _check_moments(
             raise ValueError(f"{name} must be on the gradient's device {grad.device}, got {moment.device}.")
         if not moment.is_contiguous():
             raise ValueError(f"{name} must be contiguous: it is written in place.")
-        per_channel = (
-            name == "exp_avg_s"
-            and not projected
-            and moment.dtype == torch.float32
-            and moment.numel() == weight.channel_scale.numel()
-        )
-        if not (ops.moment_fits(moment, grad.shape) or per_channel):
+        if ops.moment_fits(moment, grad.shape):
+            continue
+        per_channel = moment.dtype == torch.float32 and moment.numel() == weight.channel_scale.numel()
+        if projected or name != "exp_avg_s" or not per_channel:
             raise ValueError(
                 f"{name} must have the gradient's shape {tuple(grad.shape)} (for 8 bits: ops.new_moment), got "
                 f"{tuple(moment.shape)}."

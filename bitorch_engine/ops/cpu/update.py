@@ -58,7 +58,7 @@ def update_(
         or scale.dtype != torch.float32
         or (exp_avg_s is not None and exp_avg_s.dtype not in _KINDS)
         or (exp_avg_l is not None and exp_avg_l.dtype not in _KINDS)
-        or not all(tensor.is_contiguous() for tensor in held)
+        or not all(map(Tensor.is_contiguous, held))
     ):
         reference.update_(
             packed, residual, scale, grad, exp_avg_s, exp_avg_l, bits, lr, beta1, beta2, eps, correction1, correction2,
@@ -108,7 +108,7 @@ def all_within(values: Tensor, limit: float) -> Tensor:
         values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)
     ):
         return reference.all_within(values, limit)
-    return torch.tensor(_within(values.data_ptr(), values.numel(), limit, threads()) != 0)
+    return torch.scalar_tensor(_within(values.data_ptr(), values.numel(), limit, threads()) != 0, dtype=torch.bool)
 
 
 def mean_squares(grad: Tensor, factor: float) -> Tensor:

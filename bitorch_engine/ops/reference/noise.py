@@ -14,10 +14,15 @@ _MASK = 0xFFFFFFFF
 
 def noise_key(*parts: int) -> int:
     """A 32-bit key from integers such as (seed, step, stream): change one and all noise changes."""
+    # Written out, as small weights are stepped in the time that a few calls take.
+    (first, second, third), (factor, other) = _SHIFTS, _FACTORS
     key = 0x9E3779B9
     for part in parts:
         for word in (part & _MASK, (part >> 32) & _MASK):
-            key = _hash_int(key ^ word) + 0x9E3779B9 & _MASK
+            x = key ^ word
+            x = (x ^ x >> first) * factor & _MASK
+            x = (x ^ x >> second) * other & _MASK
+            key = (x ^ x >> third) + 0x9E3779B9 & _MASK
     return key
 
 
@@ -52,9 +57,3 @@ def _logical_shift(x: Tensor, shift: int) -> Tensor:
 def as_int32(value: int) -> int:
     """The int32 with the bits of a number below 2**32."""
     return value - (1 << 32) if value >= 1 << 31 else value
-
-
-def _hash_int(x: int) -> int:
-    x = (x ^ x >> _SHIFTS[0]) * _FACTORS[0] & _MASK
-    x = (x ^ x >> _SHIFTS[1]) * _FACTORS[1] & _MASK
-    return x ^ x >> _SHIFTS[2]
