@@ -1,6 +1,12 @@
 """Networks whose weights have 1 to 8 bits, and stay at those bits while they are trained."""
 
-from bitorch_engine import optim
+try:
+    from bitorch_engine import optim
+except RuntimeError as error:  # the environment asks for kernels that are not there
+    from bitorch_engine.cli.errors import end_command_line
+
+    end_command_line(error)
+    raise
 from bitorch_engine.checkpoint import load, load_training, save, save_training
 from bitorch_engine.convert import fuse_batch_norm_, quantize_
 from bitorch_engine.layers.qconv.binary import (

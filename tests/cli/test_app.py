@@ -83,3 +83,21 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         optional("sklearn.datasets")
     with pytest.raises(ModuleNotFoundError):
         optional("matplotlib.figure")  # is there, but something that it needs is not
+
+
+@pytest.mark.parametrize("started", ["as a module", "as the program", "as another program"])
+@pytest.mark.parametrize(("variable", "value"), [("BACKEND", "fpga"), ("LIBRARY", "/nowhere.so")])
+def test_an_environment_that_cannot_be_had_ends_the_command_line_alone_in_one_line(
+    tmp_path: Path, environment: dict[str, str], started: str, variable: str, value: str
+) -> None:
+    program = tmp_path / ("bitorch-engine" if started == "as the program" else "train.py")
+    program.write_text("from bitorch_engine.cli import main\nmain()")
+    start = ["-m", "bitorch_engine.cli"] if started == "as a module" else [str(program)]
+    environment[f"BITORCH_ENGINE_{variable}"] = value
+    run = subprocess.run([sys.executable, *start, "info"], env=environment, capture_output=True, text=True)
+    *before, error = run.stderr.splitlines()
+    if started == "as another program":
+        assert error.startswith(f"RuntimeError: BITORCH_ENGINE_{variable}") and run.returncode == 1
+    else:
+        assert error.startswith(f"Error: BITORCH_ENGINE_{variable}") and value in error and run.returncode == 2
+        assert (before, run.stdout) == ([], "")
