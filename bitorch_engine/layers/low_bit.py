@@ -176,6 +176,13 @@ class LowBitLayer(nn.Module):
             self.__dict__["a_bit"] = None if value is None else value.bits
         _forget_plans(self)  # they know the attributes
 
+    def __delattr__(self, name: str) -> None:
+        if name == "activation":
+            self.activation = None
+        else:
+            super().__delattr__(name)
+            _forget_plans(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_plans", "_planned_weight")}
 

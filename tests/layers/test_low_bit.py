@@ -486,6 +486,22 @@ def test_the_input_can_have_other_bits_while_the_weight_stays() -> None:
     check(layer, x)
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_deleted_activation_is_none_and_the_input_float_from_then_on(used: bool) -> None:
+    layer, x = nn.Linear(8, 3), torch.randn(2, 8)
+    be.quantize_(layer, 8, a_bit=2)
+    if used:
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer(x))  # planned, the second time
+    del layer.activation
+    assert layer.activation is None and layer.a_bit is None and "a_bit" not in repr(layer)
+    assert not [name for name in layer.state_dict() if name.startswith("activation")]
+    expected = nn.functional.linear(x.double(), layer.weight.dequantize().double(), layer.bias.double())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.allclose(layer(x).double(), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [be.nBitConv2d, be.nBitConvTranspose2d, be.nBitLinear])
 @pytest.mark.parametrize("bits", [{}, {"a_bit": 8}, {"g_bit": 8}], ids=str)
 def test_symbolic_tracing_says_what_to_do(kind: Any, bits: dict[str, int]) -> None:
