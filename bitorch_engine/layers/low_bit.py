@@ -33,6 +33,7 @@ class LowBitLayer(nn.Module):
     g_bit: int | None
     _plans: tuple[tuple[Callable[[Tensor], bool], tuple[int, ...], ops.Plan], ...] = ()  # the last one made is first
     _planned_weight: tuple[Tensor, int] | None = None
+    _last_w_bit: int
 
     def __init__(
         self,
@@ -66,9 +67,9 @@ class LowBitLayer(nn.Module):
 
     @property
     def w_bit(self) -> int:
-        """Bits of the weight that is there now; for a float one that has taken its place, those asked for last."""
+        """Bits of the weight that is there now; for a float one that has taken its place, those of the one before."""
         weight = self._parameters.get("weight")
-        return weight.w_bit if isinstance(weight, PackedParameter) else self._asked_w_bit
+        return weight.w_bit if isinstance(weight, PackedParameter) else self._last_w_bit
 
     @property
     def is_packed(self) -> bool:
@@ -113,7 +114,6 @@ class LowBitLayer(nn.Module):
         )
         if not isinstance(weight, self.parameter_class):  # else these are the codes that it has
             self.weight = packed
-        self._asked_w_bit = w_bit
 
     def reset_parameters(self) -> None:
         """torch.nn's initialization; a packed weight gets a new scale with it."""
@@ -174,6 +174,8 @@ class LowBitLayer(nn.Module):
         super().__setattr__(name, value)
         if name == "activation":  # a_bit is read before every call, and a property takes longer
             self.__dict__["a_bit"] = None if value is None else value.bits
+        if name == "weight" and isinstance(value, PackedParameter):
+            self.__dict__["_last_w_bit"] = value.w_bit
         _forget_plans(self)  # they know the attributes
 
     def __delattr__(self, name: str) -> None:

@@ -316,6 +316,22 @@ def test_a_low_bit_layer_with_a_float_weight_shows_it_and_gets_its_bits_again(ma
     assert layer.activation.initial_scale == scale and layer(x).shape == (1, 4, 3, 3)
 
 
+def test_a_float_weight_is_converted_to_the_bits_of_the_packed_one_that_it_replaced():
+    layer = be.nBitLinear(4, 6, w_bit=4)
+    layer.weight = be.nBitLinearParameter(torch.randn(6, 4), w_bit=2)
+    layer.weight = nn.Parameter(layer.weight.dequantize() * 1.5)
+    assert layer.w_bit == 2
+    be.quantize_(layer, w_bit=8)
+    assert layer.w_bit == layer.weight.w_bit == 2 and set(layer.weight.codes.unique().tolist()) <= {-2, -1, 0, 1}
+    layer.load_state_dict(
+        {"weight": be.nBitLinearParameter(torch.randn(6, 4), w_bit=3), "bias": layer.bias}, assign=True
+    )
+    del layer.weight
+    layer.register_parameter("weight", nn.Parameter(torch.randn(6, 4)))
+    be.quantize_(layer)
+    assert layer.weight.w_bit == 3
+
+
 def test_a_parametrized_low_bit_layer_is_converted_after_it():
     layer = be.nBitLinear(4, 6, w_bit=5)
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
