@@ -32,5 +32,10 @@ class BinaryLayer(LowBitLayer):
     ) -> None:
         """Turn the float weight into signs with a scale, and set up activation and gradient quantization."""
         if (w_bit, a_bit) != (1, 1):
-            raise ValueError(f"{type(self).__name__} has w_bit=1, a_bit=1, got w_bit={w_bit}, a_bit={a_bit}.")
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} has one bit for weights and input, got w_bit={w_bit}, a_bit={a_bit}; for these make the nBit "
+                f"layer of the same arguments and call its weight.quantize_(layer.weight.dequantize()). "
+                f"layer.activation = None lets {name} take a float input."
+            )
         super().quantize_(w_bit, a_bit, g_bit, scale=scale, learn_scale=learn_scale)

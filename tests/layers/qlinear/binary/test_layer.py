@@ -53,8 +53,17 @@ def test_its_arguments_are_torchs_and_two_more() -> None:
 def test_other_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="w_bit of BinaryLinear is 1; for other bits take an nBit layer"):
         BinaryLinear(3, 2, w_bit=2)
-    with pytest.raises(ValueError, match="BinaryLinear has w_bit=1, a_bit=1, got w_bit=1, a_bit=4"):
-        BinaryLinear(3, 2).quantize_(1, 4)
+    layer = BinaryLinear(3, 2)
+    with pytest.raises(ValueError, match="BinaryLinear has one bit for weights and input, got w_bit=2, a_bit=4; for"):
+        layer.quantize_(2, 4)
+    # What the message says to do does it.
+    other = nBitLinear(3, 2, w_bit=2, a_bit=4)
+    other.weight.quantize_(layer.weight.dequantize())
+    assert torch.allclose(other.weight, layer.weight, rtol=1e-6)  # +-1 times a scale is on the grid of 2 bits
+    layer.activation = None
+    x = torch.randn(5, 3)
+    expected = nn.functional.linear(x.double(), layer.weight.dequantize().double(), layer.bias.double())
+    assert torch.allclose(layer(x).double(), expected, atol=1e-6)
 
 
 def test_bitorch_engines_base_class() -> None:
