@@ -191,6 +191,13 @@ class PackedParameter(nn.Parameter):
         """The dequantized weight as nested lists."""
         return self.dequantize().tolist()
 
+    def storage(self) -> Any:
+        """Raises TypeError: there is no memory of floats. safetensors asks for it."""
+        raise TypeError(
+            "a packed weight has no storage of floats. To write a model to a safetensors file, call "
+            "bitorch_engine.save(model, path); weight.packed and weight.channel_scale are plain tensors."
+        )
+
     def share_memory_(self) -> "PackedParameter":
         """Move what is stored to memory that other processes can share."""
         for inner in self._inner().values():

@@ -504,3 +504,10 @@ def test_wrappers_of_a_model_leave_no_trace_in_the_names(wrap: Callable[..., Any
     assert torch.equal(outputs(other), expected)
     bitorch_engine.save_training(tmp_path / "training", wrap(model), optimizer := torch.optim.SGD(model.parameters()))
     bitorch_engine.load_training(tmp_path / "training", model, optimizer)
+
+
+@pytest.mark.parametrize("write", [safetensors.torch.save_file, lambda state, path: safetensors.torch.save(state)])
+def test_safetensors_own_writers_name_ours(tmp_path: Path, write: Callable[[Any, Path], Any]) -> None:
+    with pytest.raises(TypeError, match=r"call bitorch_engine.save\(model, path\)"):
+        write(nBitConv2d(3, 4, 3).state_dict(), tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
