@@ -3,6 +3,17 @@
 from torch import Tensor, nn
 
 
+class ReplacedError(RuntimeError, AttributeError):
+    """Raised for the gradient of a weight that was converted; to ``hasattr`` the gradient is not there."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this float weight was converted, and the model trains a packed weight in its place, which an optimizer "
+            "made before does not have: make the optimizer after quantize_ or load. (A module outside of what was "
+            "converted that shares the weight needs its own: nn.Parameter(weight.detach().clone()).)"
+        )
+
+
 class ReplacedParameter(nn.Parameter):
     """A float weight that has been converted. Its values can be read; its gradient cannot.
 
@@ -12,18 +23,11 @@ class ReplacedParameter(nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
-        raise RuntimeError(_MESSAGE)
+        raise ReplacedError
 
     @grad.setter
     def grad(self, grad: Tensor | None) -> None:
-        raise RuntimeError(_MESSAGE)
-
-
-_MESSAGE = (
-    "this float weight was converted, and the model trains a packed weight in its place, which an optimizer made "
-    "before does not have: make the optimizer after quantize_ or load. (A module outside of what was converted that "
-    "shares the weight needs its own: nn.Parameter(weight.detach().clone()).)"
-)
+        raise ReplacedError
 
 
 def replace_(weight: nn.Parameter) -> None:

@@ -181,6 +181,16 @@ def test_an_optimizer_made_before_is_told_of_it(kind):
     kind(net.parameters(), lr=0.1).step()
 
 
+def test_who_asks_whether_a_converted_weight_has_a_gradient_is_told_that_it_has_none():
+    layer = nn.Linear(4, 6)
+    old = layer.weight
+    be.quantize_(layer)
+    assert not hasattr(old, "grad") and getattr(old, "grad", None) is None
+    with pytest.raises(RuntimeError, match="was converted"):
+        old.grad = None
+    assert old.shape == (6, 4) and not old.is_sparse
+
+
 def test_a_weight_that_stays_float_stays_with_its_optimizer():
     net = make_net()
     optimizer = torch.optim.SGD([net[4].weight, net[0].bias], lr=0.1)
