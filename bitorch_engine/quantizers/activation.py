@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bitorch_engine.bits import bit_format
+from bitorch_engine.bits import bit_format, has_values
 
 _BEFORE = 2.0**-40
 """The scale until a batch has set one: that of zeros, which 1 bit makes +scale of, and of what is not finite."""
@@ -135,8 +135,14 @@ class ActivationQuantizer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_constants": None, "_sources": (), "_places": ()}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """With a scale that is no scale, no batch would set another, and the layer would give its bias alone."""
+        scale = state_dict.get(prefix + "initial_scale")
+        if isinstance(scale, Tensor) and has_values(scale) and not bool(((scale >= 0) & (scale < torch.inf)).all()):
+            *_, errors = args
+            errors.append(f"{prefix}initial_scale must be positive, or 0 before the first batch, got {scale.tolist()}.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._ready = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -252,6 +252,15 @@ class TestQuantizer:
         quantizer.prepare_(torch.rand(100) * 10)
         assert float(quantizer.scale.detach()) == pytest.approx(2 * 5 / 15**0.5, rel=0.3)
 
+    @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+    def test_a_state_whose_scale_is_none_is_refused(self, value: float) -> None:
+        quantizer = ActivationQuantizer(4)
+        quantizer.prepare_(torch.randn(8))
+        scale, state = quantizer.scale.item(), quantizer.state_dict()
+        with pytest.raises(RuntimeError, match="initial_scale must be positive, or 0 before the first batch, got "):
+            quantizer.load_state_dict(state | {"initial_scale": torch.tensor(value), "log_gain": torch.ones(())})
+        assert quantizer.scale.item() == scale and quantizer.is_ready
+
     def test_it_says_its_bits(self) -> None:
         assert repr(ActivationQuantizer(3)) == "ActivationQuantizer(bits=3)"
 
