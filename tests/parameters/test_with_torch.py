@@ -274,19 +274,29 @@ def train_case(case: Case, rank: int) -> list[dict[str, Any]]:
     return seen
 
 
-FIRST_BATCHES = ["one of each rank", "one is empty", "rank 0 was first", "rank 1 was first", "compiled"]
+FIRST_BATCHES = [
+    "one of each rank",
+    "one is empty",
+    "8 bits, largest on rank 0, smallest on rank 1",
+    "rank 0 was first",
+    "rank 1 was first",
+    "rank 1 was first, and buffers stay",
+    "compiled",
+]
 
 
 def first_batches(name: str, rank: int) -> dict[str, Tensor]:
     """Scale and range that each rank has after a first batch in DistributedDataParallel; hangs where one waits."""
     torch.manual_seed(0)
-    layer = nBitLinear(6, 4, a_bit=4)
-    model = nn.parallel.DistributedDataParallel(layer)
+    layer = nBitLinear(6, 4, a_bit=8 if name.startswith("8 bits") else 4)
+    model = nn.parallel.DistributedDataParallel(layer, broadcast_buffers=not name.endswith("buffers stay"))
     batch = torch.rand(8, 6) * (1 + rank) - rank
+    if name.startswith("8 bits") and rank == 0:
+        batch *= 3
     alone = nBitLinear(6, 4, a_bit=4)
     if rank == 1:  # a layer that this rank alone has
         alone(batch)
-    if name == f"rank {rank} was first":
+    if name.startswith(f"rank {rank} was first"):
         layer(batch * 100)
     if name == "compiled":
         model = nn.parallel.DistributedDataParallel(torch.compile(layer, backend="aot_eager"))
@@ -374,11 +384,20 @@ class TestRanks:
         nBitLinear(6, 4, a_bit=4)
         batches = [torch.rand(8, 6)]
         batches.append(batches[0] * 2 - 1)
-        whole = {"one is empty": batches[0], "rank 0 was first": 100 * batches[0]}
+        if name.startswith("8 bits"):
+            assert float(first["low"]) == -128
+            assert float(first["scale"]) == pytest.approx(3 * float(batches[0].max()) / 127, rel=1e-5)
+            return
+        whole = {
+            "one is empty": batches[0],
+            "rank 0 was first": 100 * batches[0],
+            "rank 1 was first, and buffers stay": 100 * batches[1],
+        }
         # A rank that was first alone has its scale from rank 0, as DistributedDataParallel sends buffers.
         x = whole.get(name, torch.cat(batches))
-        assert float(first["low"]) == (0 if name in whole else -8)
-        high = 15 if name in whole else 7
+        signed = bool((x < 0).any())
+        assert float(first["low"]) == (-8 if signed else 0)
+        high = 7 if signed else 15
         assert float(first["scale"]) == pytest.approx(2 * float(x.abs().mean()) / high**0.5, rel=1e-5)
 
     def test_a_broadcast_makes_the_bits_those_of_rank_0(self, results: list[dict[str, Any]]) -> None:
