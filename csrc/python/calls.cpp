@@ -147,24 +147,28 @@ PyObject* result(PyObject* facts, PyObject* x) {
   return outcome == DONE ? y.release() : PyObject_CallMethod(y, "fill_", "d", NAN);
 }
 
+// An own reference to what was found, or to None: what runs meanwhile may replace it.
+Owned held(PyObject* found) { return Owned(Py_NewRef(found ? found : Py_None)); }
+
 // LowBitLayer.planned
 PyObject* planned(PyObject* state, PyObject* x, PyObject* output_padding) {
   static Name PLANS("_plans"), PLANNED_WEIGHT("_planned_weight"), PARAMETERS("_parameters"), MODULES("_modules"),
       WEIGHT("weight"), BIAS_NAME("bias"), ACTIVATION("activation"), PACKED_NAME("packed"), SCALE("channel_scale");
-  PyObject* plans = item(state, PLANS);
-  if (!plans) return Py_NewRef(Py_None);
+  const Owned plans = held(item(state, PLANS));
+  if (plans == Py_None) return Py_NewRef(Py_None);
   for (Py_ssize_t i = 0; i < PyTuple_Size(listeners); ++i)
     if (tells(PyTuple_GetItem(listeners, i))) return Py_NewRef(Py_None);
   for (Py_ssize_t i = 0; i < PyTuple_Size(plans); ++i) {
-    const Owned entry(Py_NewRef(PyTuple_GetItem(plans, i)));  // a hook may drop it
-    if (!tells(PyTuple_GetItem(entry, 0), x) || !equal(PyTuple_GetItem(entry, 1), output_padding)) continue;
+    const auto field = [entry = PyTuple_GetItem(plans, i)](int which) { return PyTuple_GetItem(entry, which); };
+    PyObject *is_such = field(0), *padding = field(1), *plan = field(2);
+    if (!tells(is_such, x) || !equal(padding, output_padding)) continue;
     PyObject* parameters = item(state, PARAMETERS);
-    PyObject *weight = item(parameters, WEIGHT), *bias = item(parameters, BIAS_NAME);
-    PyObject* quantizer = item(item(state, MODULES), ACTIVATION);
-    if (weight && answer(PyObject_HasAttr(weight, PACKED_NAME))) {
-      const Owned of(!quantizer || quantizer == Py_None ? Py_NewRef(Py_None) : sources(quantizer).release());
+    const Owned weight = held(item(parameters, WEIGHT)), bias = held(item(parameters, BIAS_NAME));
+    const Owned quantizer = held(item(item(state, MODULES), ACTIVATION));
+    if (answer(PyObject_HasAttr(weight, PACKED_NAME))) {
+      const Owned of = quantizer == Py_None ? held(nullptr) : sources(quantizer);
       const Owned packed(PyObject_GetAttr(weight, PACKED_NAME)), scale(PyObject_GetAttr(weight, SCALE));
-      Owned y = call(PyTuple_GetItem(entry, 2), x, of, packed, scale, bias ? bias : Py_None);
+      Owned y = call(plan, x, of, packed, scale, bias);
       if (y != Py_None) return y.release();
     }
     for (PyObject* forgotten : {static_cast<PyObject*>(PLANS), static_cast<PyObject*>(PLANNED_WEIGHT)})
