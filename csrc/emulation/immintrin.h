@@ -120,6 +120,7 @@ static inline float reduce(const __m512& vector, const Function& function) {
 
 #define BE_EMULATED(...) ::bitorch_engine::emulation::__VA_ARGS__
 
+#define _mm_maskz_loadu_epi8(mask, from) BE_EMULATED(load<int8_t, __m128i>(mask, from))
 #define _mm512_maskz_loadu_epi8(mask, from) BE_EMULATED(load<int8_t, __m512i>(mask, from))
 #define _mm512_maskz_loadu_epi32(mask, from) BE_EMULATED(load<int32_t, __m512i>(mask, from))
 #define _mm512_maskz_loadu_ps(mask, from) BE_EMULATED(load<float, __m512>(mask, from))

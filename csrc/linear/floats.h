@@ -13,14 +13,13 @@ using AddFunction = void (*)(const uint8_t* index, int64_t start, int64_t count,
 inline void add_up_row(AddFunction one, AddFunction two, AddFunction four, const uint8_t* packed, int64_t count,
                        int bits, const float* scales, int64_t group, const float* const* x, int64_t rows, float* sums) {
   constexpr int64_t DECODED = 2048;
-  const auto unpack = unpack_kernel.pick();
   uint8_t decoded[DECODED];
   for (int64_t r = 0; r < rows; ++r) sums[r] = 0;
   for (int64_t start = 0; start < count; start += DECODED) {
     const int64_t some = count - start < DECODED ? count - start : DECODED;
     const uint8_t* index = packed + start / 8 * bits;
     if (bits != 8) {
-      unpack(index, decoded, some, bits);
+      unpack_range(index, 0, some, bits, decoded);
       index = decoded;
     }
     for (int64_t r = 0, many; r < rows; r += many) {

@@ -73,7 +73,9 @@ constexpr int64_t MOST_CHANNELS = 32, MOST_ROWS = 8;
 using DotDigitsFunction = void (*)(const WeightRows& weights, const Digits* x, int64_t rows, float* sums);
 
 // The same of floats and weights of any width, times the scale of their group: group as in Digits; with 0 there are no
-// scales. columns: a multiple of 8.
+// scales, and columns may be any number: zeros follow those of x up to a multiple of COLUMN_BLOCK, and what follows the
+// last column in its byte of a row of weights does not matter.
+constexpr int64_t COLUMN_BLOCK = 16;
 using DotFunction = void (*)(const WeightRows& weights, int64_t columns, int64_t group, const float* const* x,
                              int64_t rows, float* sums);
 

@@ -25,10 +25,10 @@ inline __m256i values(__m256i bytes, int place) {
   return _mm256_and_si256(_mm256_srli_epi16(bytes, place * BITS), _mm256_set1_epi8((1 << BITS) - 1));
 }
 
-inline float sum_of(__m256 v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+// The sums of four vectors each.
+inline __m128 sums_of(const __m256* v) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
 // A piece of TILE rows of weights, `bytes` of each, which zeros fill up to whole vectors: products of codes and digits
@@ -128,8 +128,7 @@ void multiply_rows(const uint8_t* const* weights, const float* const* weight_sca
     digits += piece * DIGITS;
     corrections += DIGITS * WIDTH;
   }
-#pragma GCC unroll 4
-  for (int c = 0; c < CHANNELS; ++c) sums[c] = sum_of(totals[c]);
+  _mm_storeu_ps(sums, sums_of(totals));
 }
 
 template <int BITS, int DIGITS>
@@ -231,30 +230,31 @@ __attribute__((noinline)) void add_blocks(const Run& run, __m256* totals) {
 template <int C, int R>
 void multiply_floats(const WeightRows& weights, int64_t first, int64_t columns, int64_t group, const float* const* x,
                      float* sums) {
-  constexpr int64_t MOST = 144;  // columns that are in 15 bytes, those of half a block, and what fills it up
   const int bits = weights.bits;
   const uint8_t* const* packed = weights.packed + first;
   const float* const* scales = group ? weights.scales + first : nullptr;
-  const int64_t piece = (group ? group : columns + 16) / 16;
-  int64_t whole = columns / 16;
+  const int64_t blocks = (columns + 15) / 16, piece = group ? group / 16 : blocks + 1;
+  int64_t whole = blocks;
   for (int c = 0; c < C; ++c)
     while (whole > 0 && packed[c] + 2 * bits * (whole - 1) + 16 > weights.end) --whole;
   __m256 totals[C * R] = {};
   add_blocks<C, R>({packed, scales, x, bits, 0, whole, piece}, totals);
-  const int64_t rest = columns - 16 * whole;
-  if (rest > 0) {  // from copies, with zeros behind
-    uint8_t last[C][MOST + 16] = {};
-    float last_x[R][MOST] = {};
+  if (whole < blocks) {  // less than 16 bytes: from copies, with zeros behind
+    uint8_t last[C][32] = {};
     const uint8_t* from[C];
     const float* by[R];
     for (int c = 0; c < C; ++c)
-      from[c] = static_cast<uint8_t*>(__builtin_memcpy(last[c], packed[c] + 2 * bits * whole, rest / 8 * bits));
-    for (int r = 0; r < R; ++r)
-      by[r] = static_cast<float*>(__builtin_memcpy(last_x[r], x[r] + 16 * whole, rest * sizeof(float)));
-    add_blocks<C, R>({from, scales, by, bits, whole, (rest + 15) / 16, piece}, totals);
+      from[c] = static_cast<uint8_t*>(
+          __builtin_memcpy(last[c], packed[c] + 2 * bits * whole, weights.row_bytes - 2 * bits * whole));
+    for (int r = 0; r < R; ++r) by[r] = x[r] + 16 * whole;
+    add_blocks<C, R>({from, scales, by, bits, whole, blocks - whole, piece}, totals);
   }
-  for (int c = 0; c < C; ++c)
-    for (int r = 0; r < R; ++r) sums[r * weights.count + first + c] = sum_of(totals[c * R + r]);
+  for (int four = 0; four < C * R; four += 4) {
+    float some[4];
+    _mm_storeu_ps(some, sums_of(totals + four));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[(four + i) % R * weights.count + first + (four + i) / R] = some[i];
+  }
 }
 
 }  // namespace

@@ -156,10 +156,12 @@ void add_floats(const uint8_t* index, int64_t start, int64_t count, int bits, co
         for (int r = 0; r < ROWS; ++r)
           sum[r][q % SUMS] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(x[r] + start + k + 16 * q), sum[r][q % SUMS]);
       }
-    for (; k < from + some; k += 8) {
-      const __m512 weights = floats(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index + k)), steps, lows);
+    for (; k < from + some; k += 16) {
+      const int64_t left = from + some - k;
+      const __mmask16 mask = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff);
+      const __m512 weights = floats(_mm_maskz_loadu_epi8(mask, index + k), steps, lows);
       for (int r = 0; r < ROWS; ++r)
-        sum[r][0] = _mm512_fmadd_ps(weights, _mm512_maskz_loadu_ps(0xff, x[r] + start + k), sum[r][0]);
+        sum[r][0] = _mm512_fmadd_ps(weights, _mm512_maskz_loadu_ps(mask, x[r] + start + k), sum[r][0]);
     }
   }
 #pragma GCC unroll 4

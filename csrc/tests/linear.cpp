@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "agreement.h"
+#include "runtime/round_up.h"
 
 namespace bitorch_engine {
 namespace {
@@ -18,9 +19,9 @@ struct Near {
 std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Random& random) {
   const int bits = 1 << random.between(0, 2), count = static_cast<int>(random.between(2, 4));
   const int64_t group = random.between(0, 1) << random.between(5, 10), channels = CHANNELS * random.between(1, 3);
-  const int64_t columns = group ? group * random.between(1, 6) : 8 * random.between(1, 200),
+  const int64_t columns = group ? group * random.between(1, 6) : random.between(1, 1600),
                 rows = random.between(1, 4);
-  const int64_t row_bytes = columns / 8 * bits, groups = (columns + GROUP - 1) / GROUP, pieces = groups * GROUP / 32;
+  const int64_t row_bytes = (columns * bits + 7) / 8, groups = (columns + GROUP - 1) / GROUP, pieces = groups * GROUP / 32;
   const std::vector<uint8_t> packed = random.bytes(channels * row_bytes);
   const std::vector<float> x = random.numbers(rows * columns, 1);
   std::vector<int8_t> digits(rows * groups * GROUP * 4);
@@ -57,7 +58,7 @@ std::vector<Near> multiply(SplitDigitsFunction split, DotDigitsFunction dot, Ran
 // Products of codes, which are exact.
 std::vector<float> multiply_bytes(SplitBytesFunction split, DotDigitsFunction dot, Random& random) {
   const int bits = 1 << random.between(0, 2);
-  const int64_t columns = 8 * random.between(1, 512), row_bytes = columns / 8 * bits;
+  const int64_t columns = random.between(1, 4096), row_bytes = (columns * bits + 7) / 8;
   const int64_t groups = (columns + GROUP - 1) / GROUP;
   const std::vector<uint8_t> packed = random.bytes(CHANNELS * row_bytes), bytes = random.bytes(columns);
   std::vector<int8_t> digits(groups * GROUP * 2);
@@ -90,11 +91,14 @@ void check_linear(Agreement& agreement) {
   agreement.check(dot_kernel, 200, [](DotFunction dot, Random& random) {
     const int bits = static_cast<int>(random.between(1, 8));
     const int64_t group = random.between(0, 1) << random.between(5, 10), rows = random.between(1, MOST_ROWS);
-    const int64_t columns = group ? group * random.between(1, 4) : 8 * random.between(0, 200);
-    const int64_t row_bytes = columns / 8 * bits;
+    const int64_t columns = group ? group * random.between(1, 4) : random.between(0, 1600);
+    const int64_t row_bytes = (columns * bits + 7) / 8, width = round_up(columns, COLUMN_BLOCK);
     const std::vector<uint8_t> packed = random.bytes(CHANNELS * row_bytes);
     const int64_t groups = group ? columns / group : 0;
-    const std::vector<float> x = random.numbers(rows * columns, 1), scales = random.numbers(CHANNELS * groups, 1);
+    std::vector<float> x = random.numbers(rows * width, 1);
+    for (int64_t k = 0; k < rows * width; ++k)
+      if (k % width >= columns) x[k] = 0;
+    const std::vector<float> scales = random.numbers(CHANNELS * groups, 1);
     const uint8_t* weights[CHANNELS];
     const float* scales_of[CHANNELS];
     for (int64_t c = 0; c < CHANNELS; ++c) {
@@ -102,7 +106,7 @@ void check_linear(Agreement& agreement) {
       scales_of[c] = scales.data() + c * groups;
     }
     std::vector<const float*> of_row;
-    for (int64_t r = 0; r < rows; ++r) of_row.push_back(x.data() + r * columns);
+    for (int64_t r = 0; r < rows; ++r) of_row.push_back(x.data() + r * width);
     float sums[MOST_ROWS * CHANNELS];
     const uint8_t* end = packed.data() + packed.size();
     const WeightRows all{weights, group ? scales_of : nullptr, CHANNELS, row_bytes, bits, end};
@@ -112,7 +116,7 @@ void check_linear(Agreement& agreement) {
       for (int64_t c = 0; c < CHANNELS; ++c) {
         double sizes = 0;
         for (int64_t k = 0; k < columns; ++k)
-          sizes += std::fabs(x[r * columns + k] * (group ? scales_of[c][k / group] : 1)) * (1 << (bits - 1));
+          sizes += std::fabs(x[r * width + k] * (group ? scales_of[c][k / group] : 1)) * (1 << (bits - 1));
         found.push_back({sums[r * CHANNELS + c], sizes * 0x1p-21});
       }
     return found;

@@ -61,7 +61,8 @@ class _PlannedCodes(ctypes.Structure):
 _DEEPEST = 1 << 15
 """Columns times the largest weight's size, up to which no sum of digits of codes goes beyond 2**24: floats hold it.
 
-A code less its zero point has a low digit of 0 or 1, and a high one of at most 127, which counts two."""
+A code less its zero point has a low digit of 0 or 1, and a high one of at most 127, which counts two. Where it is no
+digits, which is at 3, 5, 6 and 7 bits, it is at most 255. Those of 8 bits are faster as they are arranged."""
 
 
 def quantizes_one_row(x: Tensor, weight_shape: Sequence[int], w_bit: int) -> bool:
@@ -71,9 +72,8 @@ def quantizes_one_row(x: Tensor, weight_shape: Sequence[int], w_bit: int) -> boo
         and x.shape[0] == 1
         and x.dtype is torch.float32
         and x.is_contiguous()
-        and w_bit in (1, 2, 4)
-        and weight_shape[1] % 8 == 0
-        and 0 < weight_shape[1] << (w_bit - 1) <= _DEEPEST
+        and w_bit < 8
+        and 0 < weight_shape[1] << (w_bit - 1) <= _DEEPEST * (1 if w_bit in (1, 2, 4) else 2)
     )
 
 
@@ -116,7 +116,7 @@ def linear_weight_only(
     if x.numel() == 0 or rows == 0 or x.shape[-1] != columns:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
     scale, group = _in_powers(channel_scale, columns, group_size)
-    if x.dtype in DTYPES and _suits(few, bits, columns) and (group == 0 or group >= _SMALLEST_GROUP):
+    if x.dtype in DTYPES and _suits(few) and (group == 0 or group >= _SMALLEST_GROUP):
         return _few_rows(x, few, packed, scale, bits, bias, columns, group)
     if (
         group == 0
@@ -175,7 +175,7 @@ def plan_rows(
 ) -> Plan | None:
     """A plan of ``few`` contiguous rows of float32, whatever shape they and their results have. digits: bytes of an
     activation, 3 for what is as exact as float32. ``can_plan`` the tensors."""
-    if not _suits(few, bits, columns):
+    if not _suits(few) or columns == 0:
         return None
     channels = channel_scale.numel()
     check_packed(packed, channels * columns, bits)
@@ -251,14 +251,14 @@ def _by_digits(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias
     return out
 
 
-def _suits(few: int, bits: int, columns: int) -> bool:
-    """Whether there are few rows of activations, and each row of codes has whole bytes."""
-    return 0 < few <= _FEW.get(current_isa(), 16) and columns * bits % 8 == 0 == columns % 8
+def _suits(few: int) -> bool:
+    """Whether there are few rows of activations."""
+    return 0 < few <= _FEW.get(current_isa(), 16)
 
 
 def _are_digits(bits: int, columns: int) -> bool:
     """Whether activations become digits, if they are even and few."""
-    return bits in (1, 2, 4) and columns % 8 == 0 and columns >= 128  # FEWEST_COLUMNS of csrc/linear/linear.cpp
+    return bits in (1, 2, 4) and columns >= 128  # FEWEST_COLUMNS of csrc/linear/linear.cpp
 
 
 def _digits(dtype: torch.dtype) -> int:

@@ -144,6 +144,18 @@ def test_nothing_is_planned_where_something_listens() -> None:
     assert ops.plan("pack", None, PACKED, 4) is None
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("columns", [10, 101, 1001])
+def test_rows_of_any_length_have_a_plan(columns: int, bits: int) -> None:
+    index = torch.randint(0, 1 << bits, (7 * columns,), dtype=torch.uint8)
+    x, packed, scale = torch.randn(3, columns), ops.pack(index, bits), torch.rand(7)
+    plan = ops.plan("linear_weight_only", None, x, packed, scale, bits, None, columns)
+    assert plan is not None
+    y = plan(x, None, packed, scale, None)
+    assert y is not None
+    assert torch.equal(y, ops.linear_weight_only(x, packed, scale, bits, None, columns))
+
+
 def test_another_precision_of_float32_products_is_another_plan() -> None:
     x, packed, scale = torch.randn(1, 256), ops.pack(torch.randint(0, 16, (16 * 256,)), 4), torch.rand(16)
     arguments = (x, packed, scale, 4, None, 256)
