@@ -34,7 +34,7 @@ class Convolution(NamedTuple):
         if not self.stride:
             return F.linear(x, weight, bias)
         x = F.pad(x, self.pad) if self.pad else x
-        return torch.ops.aten.convolution.default(x, weight, bias, *self._arguments())
+        return torch.convolution(x, weight, bias, *self._arguments())  # 10 us less than the op of torch.ops
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
         """The gradient of an input of that shape. grad: (N, C_out, *out)."""
