@@ -14,14 +14,13 @@ from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import current_isa, threads
 from bitorch_engine.ops.cpu.plans import can_plan, is_short, make_plan, planned, with_short_bias
-from bitorch_engine.ops.cpu.quantize import dequantize
+from bitorch_engine.ops.cpu.quantize import dequantize, plan_dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import float_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
 from bitorch_engine.ops.reference.layout import is_channels_last, new_output
 
 _planned = planned("be_float_conv_planned")
-_decode = planned("be_dequantize_planned")
 
 _MOST_CHANNELS = {"avx2": reference.FEW_CHANNELS, "avx512": 4, "amx": 4}
 """Input channels up to which the kernel is taken, since it is faster than torch's convolution. With AVX-512 nothing was
@@ -38,15 +37,6 @@ class _Planned(ctypes.Structure):
         ("geometry", Geometry),
         *((name, ctypes.c_void_p) for name in ("packed", "scale", "bias")),
         *((name, ctypes.c_int64) for name in ("bits", "channels_last", "threads")),
-    )
-
-
-class _Decoded(ctypes.Structure):
-    """PlannedDequantize of csrc/qconv/dequantize.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "scale")),
-        *((name, ctypes.c_int64) for name in ("rows", "channels", "taps", "bits", "threads")),
     )
 
 
@@ -182,12 +172,9 @@ def _plan_of_torch(
     """The weight becomes floats in every call, for torch's convolution."""
     if convolution.transposed or x.dim() != len(weight_shape):
         return None
-    channels_last, taps = is_channels_last(x), math.prod(weight_shape[2:])
-    rows, columns = weight_shape[0], math.prod(weight_shape[1:])
-    order = (weight_shape[1], taps) if channels_last else (columns, 1)
-    structure = _Decoded(packed.data_ptr(), channel_scale.data_ptr(), rows, *order, bits, threads())
-    strides = _strides(tuple(weight_shape), channels_last)
-    decode = make_plan(_decode, structure, weight_shape, strides, torch.float32, None, packed, channel_scale, None)
+    channels_last = is_channels_last(x)
+    strides, taps = _strides(tuple(weight_shape), channels_last), math.prod(weight_shape[2:]) if channels_last else 1
+    decode = plan_dequantize(packed, channel_scale, bits, weight_shape, strides, taps)
 
     def convolve(
         x_now: Tensor,

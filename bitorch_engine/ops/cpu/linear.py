@@ -13,7 +13,7 @@ from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
 from bitorch_engine.ops.cpu.plans import Watch, can_plan, is_short, make_plan, planned, with_short_bias
-from bitorch_engine.ops.cpu.quantize import dequantize
+from bitorch_engine.ops.cpu.quantize import dequantize, plan_dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
 
@@ -25,11 +25,15 @@ _planned = planned("be_linear_planned")
 _codes = planned("be_linear_codes")
 
 _FEW = {"avx2": 32}
-"""Rows of activations up to which products of codes as they are read are faster than a float matrix product; 16 with
+"""Rows of activations up to which products of codes as they are read may be faster than a float matrix product; 16 with
 other instruction sets."""
 
+_FEW_RESULTS = 1 << 11
+"""Results up to which they are: the call of a float matrix product takes longer."""
+
 _DIGIT_ROWS = {"avx2": 64, "avx512": 64, "amx": 64}
-"""Rows of float32 up to which products of bytes are faster, where activations are digits (csrc/linear/linear.h)."""
+"""Rows of float32 up to which products of bytes may be faster than a float matrix product, where activations are digits
+(csrc/linear/linear.h)."""
 
 _SMALLEST_GROUP = 32
 """Columns with one scale, from which kernels for few rows multiply them."""
@@ -116,14 +120,13 @@ def linear_weight_only(
     if x.numel() == 0 or rows == 0 or x.shape[-1] != columns:
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
     scale, group = _in_powers(channel_scale, columns, group_size)
-    if x.dtype in DTYPES and _suits(few) and (group == 0 or group >= _SMALLEST_GROUP):
+    if x.dtype is torch.float32 and group == 0:
+        suits = _suits(few, rows, bits, columns)
+    else:  # what is left to torch are short floats, which take long, or many scales
+        suits = few <= _FEW.get(current_isa(), 16) and x.dtype in DTYPES and (group == 0 or group >= _SMALLEST_GROUP)
+    if suits:
         return _few_rows(x, few, packed, scale, bits, bias, columns, group)
-    if (
-        group == 0
-        and x.dtype is torch.float32
-        and _are_digits(bits, columns)
-        and few <= _DIGIT_ROWS.get(current_isa(), 0)
-    ):
+    if group == 0 and _takes_digits(x, few, bits, columns):
         return _by_digits(x.reshape(few, columns), packed, scale, bits, bias).view(*x.shape[:-1], rows)
     return _by_blocks(x, packed, channel_scale.reshape(rows, -1), bits, bias, columns)
 
@@ -138,18 +141,20 @@ def plan(
     columns: int,
     group_size: int = 0,
 ) -> Plan | None:
-    """A plan of ``linear_weight_only``, for a few contiguous rows of float32 and one scale a row of the weight."""
+    """A plan of ``linear_weight_only``, for contiguous rows of float32 and one scale a row of the weight."""
     if is_short(bias):
         head = (sources, x, packed, channel_scale, bits)
         return with_short_bias(lambda copy: plan(*head, copy, columns, group_size), bias)
     if group_size or x.dtype is not torch.float32 or not x.is_contiguous() or x.shape[-1] != columns:
         return None
-    if not can_plan(sources, packed, channel_scale, bias):
+    if x.numel() == 0 or channel_scale.numel() == 0 or not can_plan(sources, packed, channel_scale, bias):
         return None
     out = torch.empty([*x.shape[:-1], channel_scale.numel()], device="meta")
-    few = x.numel() // max(1, columns)
+    few = x.numel() // columns
     digits = _digits(x.dtype)
     made = plan_rows(sources, few, packed, channel_scale, bits, bias, columns, digits, out.shape, out.stride())
+    if made is None and not _takes_digits(x, few, bits, columns):
+        return _plan_of_torch(packed, channel_scale, bits, bias, columns)
     if made is None or not _are_digits(bits, columns):
         return made
 
@@ -175,9 +180,9 @@ def plan_rows(
 ) -> Plan | None:
     """A plan of ``few`` contiguous rows of float32, whatever shape they and their results have. digits: bytes of an
     activation, 3 for what is as exact as float32. ``can_plan`` the tensors."""
-    if not _suits(few) or columns == 0:
-        return None
     channels = channel_scale.numel()
+    if not _suits(few, channels, bits, columns):
+        return None
     check_packed(packed, channels * columns, bits)
     structure = _Planned(
         few,
@@ -191,6 +196,39 @@ def plan_rows(
         threads(),
     )
     return make_plan(_planned, structure, shape, strides, torch.float32, sources, packed, channel_scale, bias)
+
+
+def _plan_of_torch(packed: Tensor, channel_scale: Tensor, bits: int, bias: Tensor | None, columns: int) -> Plan:
+    """``_by_blocks``, of which only the float matrix products are left to every call."""
+    check_packed(packed, channel_scale.numel() * columns, bits)
+    blocks = []
+    for first, last in _block_rows(channel_scale.numel(), columns):
+        shape = (last - first, columns)
+        blocks.append((first, last, plan_dequantize(packed, channel_scale, bits, shape, (columns, 1), first=first)))
+
+    def multiply(
+        x: Tensor,
+        sources: Sequence[Tensor] | None,
+        packed_now: Tensor,
+        channel_scale_now: Tensor,
+        bias_now: Tensor | None,
+    ) -> Tensor | None:
+        if bias_now is not bias or (bias is not None and bias.dtype is not torch.float32):
+            return None
+        out = None
+        for first, last, decode in blocks:
+            weight = decode(x, None, packed_now, channel_scale_now, None)
+            if weight is None:
+                return None
+            part = F.linear(x, weight, bias if bias is None else bias[first:last])
+            if len(blocks) == 1:
+                return part
+            if out is None:
+                out = x.new_empty([*x.shape[:-1], blocks[-1][1]])
+            out[..., first:last] = part
+        return out
+
+    return multiply
 
 
 def linear_grad_input(grad: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, columns: int) -> Tensor:
@@ -209,18 +247,24 @@ def _blocks(
     """(first, last, weight[first:last]) for blocks of rows that are float one at a time. scale: (rows, groups)."""
     rows, groups = scale.shape
     scale = scale.to(torch.float32)
-    step = max(8, BLOCK // columns // 8 * 8)  # rows of eight values begin at a whole byte
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
+    for first, last in _block_rows(rows, columns):
         part = packed[first * columns * bits // 8 : (last * columns * bits + 7) // 8]
         weight = dequantize(part, scale[first:last].reshape(-1), bits, columns // groups, dtype)
         yield first, last, weight.view(-1, columns)
 
 
+def _block_rows(rows: int, columns: int) -> list[tuple[int, int]]:
+    """(first, last) of the blocks; before each is a multiple of eight rows, so that it begins at a whole byte."""
+    step = max(8, BLOCK // columns // 8 * 8)
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
 def _by_blocks(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None, columns: int) -> Tensor:
     """A float matrix product, of some output channels after the others. scale: (rows, groups)."""
-    bias = None if bias is None else bias.to(x.dtype)
     out = x.new_empty([*x.shape[:-1], scale.shape[0]])
+    if x.dtype in DTYPES and current_isa() == "avx2":  # it has no products of shorter floats
+        x = x.to(torch.float32)
+    bias = None if bias is None else bias.to(x.dtype)
     for first, last, weight in _blocks(packed, scale, bits, columns, x.dtype):
         out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
     return out
@@ -251,9 +295,27 @@ def _by_digits(x: Tensor, packed: Tensor, channel_scale: Tensor, bits: int, bias
     return out
 
 
-def _suits(few: int) -> bool:
-    """Whether there are few rows of activations."""
-    return 0 < few <= _FEW.get(current_isa(), 16)
+def _suits(few: int, rows: int, bits: int, columns: int) -> bool:
+    """Whether rows of float32 are so few that products of codes as they are read are faster, for all of which floats
+    will do where not all are digits. rows: of the weight."""
+    most = _FEW.get(current_isa(), 16)
+    if few * rows > _FEW_RESULTS:
+        most = min(most if _are_digits(bits, columns) else 16, _most_rows(bits, columns))
+    return 0 < few <= most and columns > 0
+
+
+def _most_rows(bits: int, columns: int) -> int:
+    """Rows of float32 beyond which what surrounds short sums takes longer than to make floats of the weights. With
+    AVX-512 it was not measured."""
+    if current_isa() != "avx2":
+        return max(_DIGIT_ROWS.values())
+    return 8 + columns // 40 if _are_digits(bits, columns) else 6 + columns // 100
+
+
+def _takes_digits(x: Tensor, few: int, bits: int, columns: int) -> bool:
+    """Whether ``_by_digits`` is faster than a float matrix product."""
+    most = min(_DIGIT_ROWS.get(current_isa(), 0), _most_rows(bits, columns))
+    return x.dtype is torch.float32 and _are_digits(bits, columns) and few <= most
 
 
 def _are_digits(bits: int, columns: int) -> bool:

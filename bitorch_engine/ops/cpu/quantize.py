@@ -1,5 +1,6 @@
 """Floats to codes and back: activations, gradients, weights."""
 
+import ctypes
 from collections.abc import Sequence
 from math import prod
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from bitorch_engine.bits import packed_size
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.loading import DTYPES, FLOAT, FLOAT64, INT, INT64, POINTER, function, threads
+from bitorch_engine.ops.cpu.plans import make_plan, planned
+from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import activation, gradient
 from bitorch_engine.ops.reference import bits as bits_reference
 from bitorch_engine.ops.reference.layout import channels_last_shape, is_channels_last, new_output
@@ -18,6 +21,7 @@ _quantize = function(
 )
 _values = function("be_activation_values", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, POINTER, INT)
 _dequantize = function("be_dequantize", POINTER, *[INT64] * 3, POINTER, INT, POINTER, INT)
+_dequantize_planned = planned("be_dequantize_planned")
 _largest = function("be_gradient_largest", POINTER, *[INT64] * 3, INT, POINTER, INT)
 _round = function("be_gradient_round", POINTER, *[INT64] * 3, INT, POINTER, POINTER, INT, INT, INT, POINTER, INT)
 _straight_through = function(
@@ -99,6 +103,39 @@ def dequantize(
     sizes, scale = (len(out), columns // taps, taps), channel_scale.contiguous()
     _dequantize(packed.data_ptr(), *sizes, scale.data_ptr(), bits, out.data_ptr(), threads())
     return out.to(dtype)
+
+
+class _Dequantized(ctypes.Structure):
+    """PlannedDequantize of csrc/qconv/dequantize.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "taps", "bits", "threads")),
+    )
+
+
+def plan_dequantize(
+    packed: Tensor,
+    channel_scale: Tensor,
+    bits: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    taps: int = 1,
+    first: int = 0,
+) -> Plan:
+    """A plan of ``dequantize`` for rows first, first + 1, ... of a weight, as many as ``shape`` has; a multiple of 8 of
+    them come before. It looks at neither its input nor a bias. ``can_plan`` the tensors."""
+    columns = prod(shape[1:])
+    structure = _Dequantized(
+        packed.data_ptr() + first * columns * bits // 8,
+        channel_scale.data_ptr() + first * channel_scale.element_size(),
+        shape[0],
+        columns // taps,
+        taps,
+        bits,
+        threads(),
+    )
+    return make_plan(_dequantize_planned, structure, shape, strides, torch.float32, None, packed, channel_scale, None)
 
 
 def quantize_gradient(

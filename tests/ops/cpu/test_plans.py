@@ -8,6 +8,8 @@ from torch import Tensor
 
 from bitorch_engine import ops
 from bitorch_engine.ops import cpu
+from bitorch_engine.ops.cpu import linear
+from bitorch_engine.ops.reference.linear import linear_weight_only as linear_reference
 
 pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason="the kernels are not compiled")
 
@@ -154,6 +156,27 @@ def test_rows_of_any_length_have_a_plan(columns: int, bits: int) -> None:
     y = plan(x, None, packed, scale, None)
     assert y is not None
     assert torch.equal(y, ops.linear_weight_only(x, packed, scale, bits, None, columns))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1 << 19, 1])  # rows of the weight at a time: all, or eight
+def test_many_rows_have_a_plan(block: int, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK", block)
+    index = torch.randint(0, 8, (21 * 45,), dtype=torch.uint8)
+    x, packed, scale = torch.randn(70, 3, 45), ops.pack(index, 3), torch.rand(21)
+    bias = None if dtype is None else torch.randn(21).to(dtype)
+    plan = ops.plan("linear_weight_only", None, x, packed, scale, 3, bias, 45)
+    assert plan is not None
+    for _ in range(2):
+        y = plan(x, None, packed, scale, bias)
+        assert y is not None
+        wide = None if bias is None else bias.float()
+        torch.testing.assert_close(y, linear_reference(x, packed, scale, 3, wide, 45), rtol=1e-5, atol=1e-5)
+        scale.mul_(2)
+        if bias is not None:
+            bias.mul_(2)
+    packed.bitwise_not_()
+    assert plan(x, None, packed, scale, bias) is None
 
 
 def test_another_precision_of_float32_products_is_another_plan() -> None:
