@@ -51,11 +51,15 @@ Image::Image(const Product& p, SourceKind kind, const void* x, Dtype dtype, int6
   const ActivationRule rule{1.0f / scale, low, bits, step};
   const auto quantize = quantize_activation_kernel.pick();
 
-  // One line of pixels, in x and in the image, at a time.
+  // One line of pixels, in x and in the image, at a time; of planes of channels some short lines, which lie together in
+  // x, are quantized with the first of them.
+  const bool planes = kind == SourceKind::FLOATS && steps[2] == 1 && steps[1] == p.image[2] && channel_stride > 1;
+  const int64_t together = planes ? std::max<int64_t>(1, 128 / p.image[2]) : 1;
   const int64_t lines = p.batch * p.padded[0] * p.padded[1], length = p.padded[2] * pitch;
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(length, 1));
   parallel_for(lines, grain, threads, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<uint8_t[]> row(new uint8_t[p.image[2] * channels + 16]);
+    const std::unique_ptr<uint8_t[]> row(new uint8_t[together * p.image[2] * channels + 16]);
+    int64_t row_first = 0, row_last = 0;  // lines of x that are in it, where they are quantized together
     bool seen = false;
     for (int64_t line = first; line < last; ++line) {
       uint8_t* to = bytes_.get() + line * length;
@@ -76,13 +80,24 @@ Image::Image(const Product& p, SourceKind kind, const void* x, Dtype dtype, int6
       }
       if (!inside) continue;
       to += head;
-      const int64_t line_start = ((sample * p.image[0] + z) * p.image[1] + y) * width;  // in pixels of a dense tensor
+      const int64_t dense_line = (sample * p.image[0] + z) * p.image[1] + y;
+      const int64_t line_start = dense_line * width;  // in pixels of a dense tensor
       if (kind == SourceKind::FLOATS) {
         const int64_t offset = sample * sample_stride + z * steps[0] + y * steps[1];
         const uint8_t* source = static_cast<const uint8_t*>(x) + offset * (dtype == FLOAT32 ? 4 : 2);
-        seen |= quantize(source, dtype, steps[2], channel_stride, width, channels, rule, dense ? to : row.get(),
-                         channels, nullptr);
-        if (!dense) spread(row.get(), width, p, to);
+        if (together > 1) {
+          if (dense_line < row_first || dense_line >= row_last) {
+            row_first = dense_line;
+            row_last = dense_line + std::min(together, p.image[1] - y);
+            seen |= quantize(source, dtype, 1, channel_stride, (row_last - row_first) * width, channels, rule,
+                             row.get(), channels, nullptr);
+          }
+          spread(row.get() + (dense_line - row_first) * width * channels, width, p, to);
+        } else {
+          seen |= quantize(source, dtype, steps[2], channel_stride, width, channels, rule, dense ? to : row.get(),
+                           channels, nullptr);
+          if (!dense) spread(row.get(), width, p, to);
+        }
       } else if (kind == SourceKind::GRADIENT) {
         const uint8_t* source = static_cast<const uint8_t*>(x) + line_start * channels;
         uint8_t* bytes = dense ? to : row.get();
