@@ -37,6 +37,8 @@ LAYERS: dict[str, tuple[Callable[[], LowBitLayer], Tensor]] = {
     "depthwise": (lambda: be.nBitConv2d(12, 12, 3, padding=1, groups=12, a_bit=8), IMAGE),
     "binary": (lambda: be.BinaryConv2d(12, 8, 3, padding=1), IMAGE),
     "transposed": (lambda: be.nBitConvTranspose2d(12, 8, 3, stride=2, a_bit=8), IMAGE),
+    "transposed, float input": (lambda: be.nBitConvTranspose2d(12, 8, 3, stride=2), IMAGE),
+    "transposed groups, float input": (lambda: be.nBitConvTranspose2d(12, 8, 3, stride=2, groups=4, w_bit=3), IMAGE),
     "linear, 8-bit input": (lambda: be.nBitLinear(32, 16, a_bit=8), ROWS),
     "linear": (lambda: be.nBitLinear(32, 16), ROWS),
 }
@@ -176,8 +178,9 @@ def test_padded_and_other_inputs_of_one_shape_differ() -> None:
         check(layer.eval(), x)
 
 
-def test_output_sizes_of_a_transposed_layer_have_their_plans() -> None:
-    layer, x = in_use("transposed")
+@pytest.mark.parametrize("name", ["transposed", "transposed, float input", "transposed groups, float input"])
+def test_output_sizes_of_a_transposed_layer_have_their_plans(name: str) -> None:
+    layer, x = in_use(name)
     with torch.no_grad():
         for side in (13, 14, 13, 14):
             y = layer(x, output_size=(side, side))

@@ -170,11 +170,14 @@ def _plan_of_torch(
     convolution: Convolution,
 ) -> Plan | None:
     """The weight becomes floats in every call, for torch's convolution."""
-    if convolution.transposed or x.dim() != len(weight_shape):
+    if x.dim() != len(weight_shape):
         return None
-    channels_last = is_channels_last(x)
-    strides, taps = _strides(tuple(weight_shape), channels_last), math.prod(weight_shape[2:]) if channels_last else 1
-    decode = plan_dequantize(packed, channel_scale, bits, weight_shape, strides, taps)
+    transposed = convolution.transposed
+    channels_last, shape = is_channels_last(x), tuple(weight_shape)
+    if transposed:  # rows are output channels, which torch reads across
+        shape, channels_last = (channel_scale.numel(), weight_shape[0] // convolution.groups, *weight_shape[2:]), False
+    taps = math.prod(weight_shape[2:]) if channels_last else 1
+    decode = plan_dequantize(packed, channel_scale, bits, shape, _strides(shape, channels_last), taps)
 
     def convolve(
         x_now: Tensor,
@@ -186,6 +189,21 @@ def _plan_of_torch(
         if bias_now is not bias or (bias is not None and bias.dtype is not torch.float32):
             return None
         weight = decode(x_now, None, packed_now, channel_scale_now, None)
-        return None if weight is None else convolution.forward(x_now, weight, bias)
+        if weight is None:
+            return None
+        if transposed:
+            weight = _across(weight, weight_shape, convolution, is_channels_last(x_now))
+        return convolution.forward(x_now, weight, bias)
 
     return convolve
+
+
+def _across(rows: Tensor, weight_shape: Sequence[int], convolution: Convolution, channels_last: bool) -> Tensor:
+    """The weight of a transposed convolution, of rows of output channels. Channels last it is a matrix turned about,
+    which torch does in less time than it changes an order of dimensions."""
+    if convolution.groups > 1:
+        return convolution.from_rows(rows, weight_shape)
+    if not channels_last:
+        return rows.transpose(0, 1).contiguous()
+    turned = rows.flatten(1).t().contiguous()
+    return turned.view(weight_shape[0], *weight_shape[2:], weight_shape[1]).movedim(-1, 1)

@@ -81,7 +81,7 @@ class Convolution(NamedTuple):
         for length in weight_shape:
             count *= length
         codes = bit_format(bits).codes(unpack(packed, bits, count))
-        return self._from_rows(codes, weight_shape)
+        return self.from_rows(codes, weight_shape)
 
     def per_output_channel(self, values: Tensor, weight_shape: Sequence[int]) -> Tensor:
         """One value an output channel, shaped to broadcast against a weight."""
@@ -91,7 +91,7 @@ class Convolution(NamedTuple):
         per_group = values.view(self.groups, 1, weight_shape[1]).expand(-1, weight_shape[0] // self.groups, -1)
         return per_group.reshape(weight_shape[0], weight_shape[1], *tail)
 
-    def _from_rows(self, values: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    def from_rows(self, values: Tensor, weight_shape: Sequence[int]) -> Tensor:
         if not self.transposed:
             return values.view(weight_shape)
         grouped = values.view(self.groups, weight_shape[1], weight_shape[0] // self.groups, *weight_shape[2:])

@@ -55,6 +55,26 @@ class nBitConv(LowBitLayer, nn.modules.conv._ConvNd):
             self.stride, padding, self.dilation, self.transposed, output_padding or zeros, self.groups, pad
         )
 
+    def _as_planned(self, input: Tensor, output_padding: tuple[int, ...] = ()) -> Tensor | None:
+        """The result where a backend has a plan; else None."""
+        result = self.planned(input, output_padding)
+        weight = self._parameters.get("weight")
+        if result is None and isinstance(weight, PackedParameter) and self._has_plain_bias():
+            bias = self._parameters["bias"]
+            arguments = (weight.packed, weight.channel_scale)
+            geometry = self._geometry(*self._padding_and_pad(), output_padding)
+            plan = ops.plan("conv_weight_only", None, input, *arguments, weight.w_bit, bias, weight.shape, *geometry)
+            self._remember(plan, input, weight.packed, output_padding)
+            if plan is not None:
+                result = plan(input, None, *arguments, bias)
+        return result
+
+    def _padding_and_pad(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Zeros on both sides, and those of ``F.pad`` where the sides differ."""
+        padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
+        left = padding[-2::-2]
+        return (tuple(left), ()) if left == padding[::-2] else ((0,) * len(left), tuple(padding))
+
 
 class _Forward(nBitConv):
     """Forward of the three convolutions that are not transposed."""
@@ -81,26 +101,6 @@ class _Forward(nBitConv):
         result = self._as_planned(input) if planned else None
         return self._conv_forward(input, *self._operands(input)) if result is None else result
 
-    def _as_planned(self, input: Tensor) -> Tensor | None:
-        """The result where a backend has a plan; else None."""
-        result = self.planned(input)
-        weight = self._parameters.get("weight")
-        if result is None and isinstance(weight, PackedParameter) and self._has_plain_bias():
-            bias = self._parameters["bias"]
-            arguments = (weight.packed, weight.channel_scale)
-            geometry = self._geometry(*self._padding_and_pad())
-            plan = ops.plan("conv_weight_only", None, input, *arguments, weight.w_bit, bias, weight.shape, *geometry)
-            self._remember(plan, input, weight.packed)
-            if plan is not None:
-                result = plan(input, None, *arguments, bias)
-        return result
-
-    def _padding_and_pad(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Zeros on both sides, and those of ``F.pad`` where the sides differ."""
-        padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
-        left = padding[-2::-2]
-        return (tuple(left), ()) if left == padding[::-2] else ((0,) * len(left), tuple(padding))
-
 
 class _ForwardTransposed(nBitConv):
     """Forward of the three transposed convolutions."""
@@ -111,6 +111,9 @@ class _ForwardTransposed(nBitConv):
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
         )
         if self.a_bit is None and self.g_bit is None:
+            result = None if torch.is_grad_enabled() else self._as_planned(input, tuple(output_padding))
+            if result is not None:
+                return result
             convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
             weight, bias = self._operands(input)
             return convolve(input, weight, bias, self.stride, padding, output_padding, self.groups, self.dilation)
