@@ -13,7 +13,7 @@ from bitorch_engine import ops
 from bitorch_engine.bits import BitFormat, bit_format, has_values, packed_size
 from bitorch_engine.parameters.dispatch import dispatch
 from bitorch_engine.parameters.step import update_
-from bitorch_engine.quantizers.weight import fit_scale, from_levels, holds, to_levels
+from bitorch_engine.quantizers.weight import fit_scale, from_levels, kept_scale, to_levels
 
 _IN_PLACE = 3  # noise stream of writes by in-place operators
 
@@ -381,13 +381,14 @@ class PackedParameter(nn.Parameter):
         return True
 
     def take_(self, values: Tensor) -> None:
-        """Write float values with the scale there is where it holds them, as ``write_``; else with a new one, as
-        ``quantize_``. What ``copy_`` does: a backup, or an average of earlier values, comes back on the old grid, and
-        weights of another size are not clamped to it, or rounded to zeros."""
-        if holds(self.to_rows(values.to(self.device)), self.channel_scale, self.format):
+        """Write float values with the scale there is where it holds them, as ``write_``; else, as ``quantize_``, with a
+        new one for each output channel that it does not hold. What ``copy_`` does: a backup, or an average of earlier
+        values, comes back on the old grid, and weights of another size are not clamped to it, or rounded to zeros."""
+        scale = kept_scale(self.to_rows(values.to(self.device)), self.channel_scale, self.format)
+        if scale is self.channel_scale:
             self.write_(values)
         else:
-            self.quantize_(values)
+            self.quantize_(values, scale)
 
     def multiply_channels_(self, factor: Tensor) -> None:
         """Multiply each output channel by a number, (R,), which may be negative or 0: the scales take it, exactly but

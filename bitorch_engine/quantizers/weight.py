@@ -34,7 +34,7 @@ def fit_scale(rows: Tensor, form: BitFormat) -> Tensor:
     largest = rows.abs().amax(1) if rows.shape[1] else spread
     for start in (scale, torch.where(alive, largest / max(1, form.high), 1.0)):
         end = _iterate(rows, start, form)
-        end_error = (from_codes(rows, end, form) - rows).square().sum(1)
+        end_error = _squared_error(rows, end, form)
         scale, error = torch.where(end_error < error, end, scale), torch.minimum(end_error, error)
     fallback = (3 * max(1, rows.shape[1])) ** -0.5 * normal_scale(form)
     typical = torch.where(alive, scale, 0.0).sum() / alive.sum()
@@ -55,14 +55,28 @@ def from_codes(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
     return form.codes(to_levels(rows, scale, form) >> form.hidden_bits) * scale[:, None]
 
 
-def holds(rows: Tensor, scale: Tensor, form: BitFormat) -> bool:
-    """Whether codes with that scale hold floats, (R, K), to half of their bits at least: the nearest ones leave no more
-    than 2**-bits of the sum of squares. With the scale that suits them, normally distributed weights leave 0.36 at 1
-    bit, then 0.12, 0.037, 0.012, ... 0.00009 at 8 bits. True for floats that are not finite: none suits those.
+def kept_scale(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
+    """``scale`` itself, (R,), where it holds floats, (R, K); else a copy with ``fit_scale``'s for the rows it does not.
+
+    It holds a row of which the nearest codes keep half of the bits at least: they leave 2**-bits of its sum of squares
+    or less. With the scale that suits them, normally distributed weights leave 0.36 at 1 bit, then 0.12, 0.037, 0.012,
+    ... 0.00009 at 8 bits. Where ``fit_scale``'s leaves more than four fifths of what it does, it stays too: few large
+    weights among zeros are a row that no scale of 1 bit suits. So it does for floats that are not finite.
     """
     rows = rows.to(torch.float32)
-    lost = (from_codes(rows, scale, form) - rows).square().sum()
-    return not bool(lost > rows.square().sum() * 2.0**-form.bits)
+    lost = _squared_error(rows, scale, form)
+    doubtful = lost > rows.square().sum(1) * 2.0**-form.bits
+    if not bool(doubtful.any()):
+        return scale
+    fitting = fit_scale(rows, form)
+    outgrown = doubtful & (_squared_error(rows, fitting, form) < 0.8 * lost)
+    # Negative ones come of folding; a weight that is quantized anew has none.
+    return torch.where(outgrown | (scale <= 0), fitting, scale) if bool(outgrown.any()) else scale
+
+
+def _squared_error(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
+    """What the nearest codes leave of each row: (R,) float32."""
+    return (from_codes(rows, scale, form) - rows).square().sum(1)
 
 
 def to_levels(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:

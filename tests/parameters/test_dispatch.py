@@ -203,6 +203,30 @@ class TestWritesOfTheWhole:
             assert torch.equal(weight.codes, wanted.codes)
 
     @pytest.mark.parametrize("w_bit", WIDTHS)
+    @pytest.mark.parametrize("size", [1e-3, 100.0], ids="{:g} times as large".format)
+    def test_a_channel_of_another_size_takes_a_new_scale_of_its_own(self, size: float, w_bit: int) -> None:
+        """A small one would be rounded to zeros, or take the old size, and a large one be clamped."""
+        weight = nBitConvParameter(torch.randn(16, 9, 3, 3), w_bit=w_bit)
+        kept, scale = on_grid(weight), weight.channel_scale.clone()
+        values = kept.clone()
+        values[3] = torch.randn(9, 3, 3) * size
+        wanted = nBitConvParameter(values[3:4], w_bit=w_bit)
+        with torch.no_grad():
+            weight.copy_(values)
+        others = [i for i in range(16) if i != 3]
+        assert torch.equal(weight.channel_scale[others], scale[others])
+        assert torch.equal(weight.dequantize()[others], kept[others])
+        assert torch.equal(weight.dequantize()[3:4], wanted.dequantize())
+        weight.multiply_channels_(-torch.ones(16))  # as folding a BatchNorm may
+        values = weight.dequantize()
+        values[3] *= size
+        with torch.no_grad():
+            weight.copy_(values)
+        assert bool((weight.channel_scale > 0).all())
+        error = (weight.dequantize() - values).square().sum((1, 2, 3)) / values.square().sum((1, 2, 3))
+        assert bool((error < 0.5**w_bit).all())
+
+    @pytest.mark.parametrize("w_bit", WIDTHS)
     def test_averages_and_backups_come_back_on_the_old_grid(self, w_bit: int) -> None:
         """What SAM, Lookahead, and the swap of averaged weights write."""
         weight = nBitConvParameter(torch.randn(64, 9, 3, 3), w_bit=w_bit)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bitorch_engine.bits import bit_format
-from bitorch_engine.quantizers.weight import fit_scale, from_levels, holds, normal_scale, to_levels
+from bitorch_engine.quantizers.weight import fit_scale, from_levels, kept_scale, normal_scale, to_levels
 
 WIDTHS = range(1, 9)
 CODES = {1: [-1, 1]} | {bits: list(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in range(2, 9)}
@@ -64,14 +64,21 @@ def test_rows_have_scales_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_scale_holds_what_it_leaves_half_of_the_bits(bits: int) -> None:
-    rows, form = torch.randn(6, 4000), bit_format(bits)
-    for factor in (1e-4, 0.01, 0.1, 0.2, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 10.0, 100.0, 1e4):
-        scale = fit_scale(rows, form) * factor
-        lost = float(squared_error(rows, scale, bits).sum() / rows.square().mean(1).sum())
-        assert holds(rows, scale, form) == (lost <= 0.5**bits), (factor, lost)
-        assert holds(rows, scale, form) or not 0.8 <= factor <= 1.2
-    assert holds(torch.zeros(6, 40), torch.ones(6), form) == (bits > 1)
+def test_a_row_keeps_a_scale_that_leaves_half_of_the_bits_whatever_the_size_of_others(bits: int) -> None:
+    factors = torch.tensor([1e-4, 0.01, 0.1, 0.2, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 10.0, 100.0, 1e4])
+    rows, form = torch.randn(len(factors), 4000) * torch.logspace(-6, 6, len(factors))[:, None], bit_format(bits)
+    best, scale = fit_scale(rows, form), fit_scale(rows, form) * factors
+    lost, least = (squared_error(rows, s, bits) for s in (scale, best))
+    holds = (lost <= 0.5**bits * rows.double().square().mean(1)) | (lost <= 1.25 * least)
+    assert bool(holds[(factors >= 0.8) & (factors <= 1.2)].all()) and not bool(holds[factors != 1].all())
+    assert torch.equal(kept_scale(rows, scale, form), torch.where(holds, scale, best))
+    assert torch.equal(kept_scale(torch.zeros(6, 40), torch.ones(6), form), torch.ones(6)) == (bits > 1)
+    assert torch.equal(kept_scale(rows * torch.nan, scale, form), scale)
+
+
+def test_a_row_that_no_scale_suits_better_keeps_its_own() -> None:
+    row, scale = torch.eye(1, 16), torch.tensor([0.1])  # a single weight, at 1 bit: 0.0625 is best, and leaves 0.94
+    assert torch.equal(kept_scale(row, scale, bit_format(1)), scale)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
