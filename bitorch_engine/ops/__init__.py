@@ -1,7 +1,17 @@
 """What can be computed on codes. Every op is defined by its plain-PyTorch reference; faster backends go over it."""
 
 from bitorch_engine.ops import calls, cpu, triton
-from bitorch_engine.ops.library import Plan, is_plain, is_transformed, kind_of, plan, unheard, unobserved
+from bitorch_engine.ops.library import (
+    Plan,
+    PreparedUpdate,
+    is_plain,
+    is_transformed,
+    kind_of,
+    plan,
+    prepare_update,
+    unheard,
+    unobserved,
+)
 from bitorch_engine.ops.reference.conv import Convolution, multiply_exact
 from bitorch_engine.ops.reference.float_conv import FEW_CHANNELS
 from bitorch_engine.ops.reference.layout import in_memory_format, is_channels_last
@@ -50,6 +60,7 @@ __all__ = [
     "SLICE",
     "Convolution",
     "Plan",
+    "PreparedUpdate",
     "add_",
     "all_within",
     "direction_",
@@ -72,6 +83,7 @@ __all__ = [
     "noise_key",
     "pack",
     "plan",
+    "prepare_update",
     "store_levels_",
     "tree_sum",
     "uniform24",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,29 @@ def plan(name: str, sources: Sequence[Tensor] | None, x: Tensor, *args: Any) -> 
     """
     if not unobserved() or _autocasts() or not is_plain(x) or name not in _planners:
         return None
-    return _planners[name](sources, x, *args)
+    made: Plan | None = _planners[name](sources, x, *args)
+    return made
 
 
-def implement_plan(name: str, planner: Callable[..., Plan | None]) -> None:
+class PreparedUpdate(Protocol):
+    """A step that is prepared for one weight, its moments, and gradients of one kind; ``update_`` does the same."""
+
+    def fits(self, *tensors: Tensor | None) -> bool: ...
+
+    def __call__(self, residual: Tensor, grad: Tensor, **settings: Any) -> None: ...
+
+
+def prepare_update(*args: Any) -> PreparedUpdate | None:
+    """``update_`` for ever the same tensors: its arguments up to ``bits``, then ``dtype``; None where no backend
+    prepares one."""
+    *tensors, _, _ = args
+    if "update_" not in _planners or not unobserved() or not all(t is None or is_plain(t) for t in tensors):
+        return None
+    prepared: PreparedUpdate | None = _planners["update_"](*args)
+    return prepared
+
+
+def implement_plan(name: str, planner: Callable[..., Any]) -> None:
     """Register what makes plans for an op's plain tensors on the CPU."""
     _planners[name] = planner
 
@@ -70,7 +89,7 @@ def implement(name: str, function: Callable[..., Any], device: str) -> None:
 
 
 _on_cpu: dict[str, Callable[..., Any]] = {}
-_planners: dict[str, Callable[..., Plan | None]] = {}
+_planners: dict[str, Callable[..., Any]] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 

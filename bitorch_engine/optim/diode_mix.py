@@ -21,6 +21,7 @@ from bitorch_engine.parameters.step import (
     check_finite,
     check_moments,
     is_finite,
+    prepare_,
     squares_of_rows,
     step_,
     step_float_,
@@ -79,6 +80,11 @@ class DiodeMix(torch.optim.Optimizer):
             "memory": memory,
         }
         super().__init__(params, defaults)
+        self._prepared: dict[Tensor, ops.PreparedUpdate] = {}  # of packed weights; no part of the state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepared = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_group(self.defaults | param_group)
@@ -152,9 +158,46 @@ class DiodeMix(torch.optim.Optimizer):
             if _steps_as_torch(group, p, grad, state):
                 together.append((p, grad, state))
             else:
-                _step_one(group, settings, p, grad, state, squares)
+                self._step_one(group, settings, p, grad, state, squares)
         for on_cpu in (True, False):
             _step_together(group, settings, [one for one in together if one[0].is_cpu == on_cpu], on_cpu)
+
+    def _step_one(
+        self,
+        group: dict[str, Any],
+        settings: dict[str, Any],
+        p: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        squares: Tensor | None,
+    ) -> None:
+        """Step one parameter by itself. squares: what ``_look_at`` gave for its gradient."""
+        if not state:
+            state["step"] = torch.zeros(())
+            if "rank" in group and p.dim() >= 2:
+                state["projector"] = GaLoreProjector(group["rank"], **_galore_options(group))
+        projector = state.get("projector")
+        if projector is not None:
+            rows = p.to_rows(grad) if isinstance(p, PackedParameter) else grad.flatten(1)
+            grad = projector.project(rows, int(state["step"]))
+        if "exp_avg_s" not in state:
+            state |= _new_moments(p, grad, group["memory"])
+        moments = state["exp_avg_s"], state.get("exp_avg_l")
+        if isinstance(p, PackedParameter):
+            prepared = None
+            if projector is None and group["dtype"] != torch.float64:
+                prepared = self._prepared.get(p)
+            if prepared is None or not prepared.fits(p.packed, p.residual, p.channel_scale, grad, *moments):
+                check_moments(p, grad, *moments, projected=projector is not None)
+                prepared = None if projector is not None else prepare_(p, grad, *moments, group["dtype"])
+                if prepared is not None:
+                    self._prepared[p] = prepared
+            step_(
+                p, *moments, state["step"], dtype=group["dtype"], projector=projector, grad=grad, squares=squares,
+                prepared=prepared, **settings,
+            )  # fmt: skip
+        else:
+            step_float_(p, *moments, state["step"], projector=projector, grad=grad, **settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: a projector stands as its own state_dict."""
@@ -240,36 +283,6 @@ def _step_together(
         eps=settings["eps"],
         maximize=False,
     )
-
-
-def _step_one(
-    group: dict[str, Any],
-    settings: dict[str, Any],
-    p: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
-    squares: Tensor | None,
-) -> None:
-    """Step one parameter by itself. squares: what ``_look_at`` gave for its gradient."""
-    if not state:
-        state["step"] = torch.zeros(())
-        if "rank" in group and p.dim() >= 2:
-            state["projector"] = GaLoreProjector(group["rank"], **_galore_options(group))
-    projector = state.get("projector")
-    if projector is not None:
-        rows = p.to_rows(grad) if isinstance(p, PackedParameter) else grad.flatten(1)
-        grad = projector.project(rows, int(state["step"]))
-    if "exp_avg_s" not in state:
-        state |= _new_moments(p, grad, group["memory"])
-    moments = state["exp_avg_s"], state.get("exp_avg_l")
-    if isinstance(p, PackedParameter):
-        check_moments(p, grad, *moments, projected=projector is not None)
-        step_(
-            p, *moments, state["step"], dtype=group["dtype"], projector=projector, grad=grad, squares=squares,
-            **settings,
-        )  # fmt: skip
-    else:
-        step_float_(p, *moments, state["step"], projector=projector, grad=grad, **settings)
 
 
 def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:

@@ -88,10 +88,12 @@ def step_(
     projector: Projector | None,
     grad: Tensor,
     squares: Tensor | None = None,
+    prepared: ops.PreparedUpdate | None = None,
 ) -> None:
     """The step of ``PackedParameter.update`` whose caller has checked everything, and records no gradient.
 
     squares: what ``squares_of_rows`` gave for the gradient, if that was asked.
+    prepared: what ``prepare_update`` gave for the weight, if it fits.
     """
     residual = weight.require_residual_()
     count = advance_(step) if step is not None else 0
@@ -103,9 +105,9 @@ def step_(
         "correction1": 1 - betas[0] ** count if correct_bias else 1.0,
         "correction2": 1 - betas[1] ** count if correct_bias else 1.0,
         "grad_factor": _grad_factor(weight, grad, exp_avg_s, exp_avg_l),
-        "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
         "key": weight.noise_key(weight.noise_step),
     }
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale = weight.channel_scale
     factor = None
     if weight.learn_scale:
@@ -119,13 +121,18 @@ def step_(
                 squares = ops.mean_squares(rows, settings["grad_factor"])
             v = exp_avg_s.view(-1)
             torch.add(v * betas[1], squares * (1 - betas[1]), out=v)
-        second, first = _in_row_order(weight, exp_avg_s), _in_row_order(weight, exp_avg_l)
-        ops.update_(weight.packed, residual, scale, rows, second, first, bits=weight.w_bit, lr=lr, **settings)
-        for moment, ordered in ((exp_avg_s, second), (exp_avg_l, first)):
-            if moment is not None and ordered is not None and ordered is not moment:
-                moment.copy_(weight.from_rows(ordered))
+        if prepared is not None:
+            prepared(residual, rows, lr=lr, **settings)
+        else:
+            second, first = _in_row_order(weight, exp_avg_s), _in_row_order(weight, exp_avg_l)
+            ops.update_(
+                weight.packed, residual, scale, rows, second, first, bits=weight.w_bit, lr=lr, dtype=dtype, **settings
+            )
+            for moment, ordered in ((exp_avg_s, second), (exp_avg_l, first)):
+                if moment is not None and ordered is not None and ordered is not moment:
+                    moment.copy_(weight.from_rows(ordered))
     else:
-        direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, **settings))
+        direction = projector.project_back(ops.direction_(grad, exp_avg_s, exp_avg_l, dtype=dtype, **settings))
         rows = weight.to_rows(direction) if direction.shape == weight.shape else direction.view(scale.numel(), -1)
         ops.add_(weight.packed, residual, scale, rows * -lr, bits=weight.w_bit, key=settings["key"])
     if factor is not None:
@@ -184,6 +191,17 @@ def check_finite(grad: Tensor) -> None:
 def is_finite(grad: Tensor) -> Tensor:
     """0-dim bool: whether ``check_finite`` lets a gradient pass. On a GPU nobody has waited for it yet."""
     return ops.all_within(grad, _LARGEST)
+
+
+def prepare_(
+    weight: "PackedParameter", grad: Tensor, exp_avg_s: Tensor | None, exp_avg_l: Tensor | None, dtype: torch.dtype
+) -> ops.PreparedUpdate | None:
+    """The step of a weight by unprojected gradients, prepared; None where there is none."""
+    if weight.transposed_groups or dtype == torch.float64:
+        return None
+    residual = weight.require_residual_()
+    tensors = (weight.packed, residual, weight.channel_scale, weight.to_rows(grad), exp_avg_s, exp_avg_l)
+    return ops.prepare_update(*tensors, weight.w_bit, torch.float32)
 
 
 def squares_of_rows(weight: "PackedParameter", grad: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -1,6 +1,7 @@
 """DiodeMix: AdamW for float parameters, steps in the codes for packed ones, and torch's training tools around it."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,71 @@ class TestPackedParameters:
             if len(moved) < 4:
                 schedule.step()
         assert moved == pytest.approx([4e-3, 0.0, 2e-3, 8e-3], rel=0.02)
+
+    @pytest.mark.parametrize("memory", MEMORIES)
+    def test_a_step_notices_what_was_replaced_since_the_last_one(self, memory: str) -> None:
+        """What is prepared for a weight is for the tensors of its last step; a new optimizer has prepared nothing."""
+
+        def moments_elsewhere(task: Task, optimizer: DiodeMix) -> None:
+            for p in task.packed:
+                optimizer.state[p] |= {k: v.clone() for k, v in optimizer.state[p].items()}
+
+        def scales_negative(task: Task, optimizer: DiodeMix) -> None:
+            for p in task.packed:
+                p.multiply_channels_(-torch.ones(p.channel_scale.numel()))
+
+        def residuals_dropped(task: Task, optimizer: DiodeMix) -> None:
+            for p in task.packed:
+                dropped = weakref.ref(p.residual)
+                p.drop_residual_()
+                assert dropped() is None  # nobody keeps it
+
+        def double(task: Task, optimizer: DiodeMix) -> None:
+            optimizer.param_groups[0]["dtype"] = torch.float64
+
+        def bfloat16(task: Task, optimizer: DiodeMix) -> None:
+            task.conv.to(torch.bfloat16)
+            task.conv.register_forward_hook(lambda module, x, y: y.float())
+
+        def codes_replaced(task: Task, optimizer: DiodeMix) -> None:
+            for p in task.packed:
+                p.packed = p.packed.flip(0)
+
+        task, other = Task(), Task()
+        optimizers = [DiodeMix(t.parameters(), lr=1e-2, memory=memory) for t in (task, other)]
+        for change in (moments_elsewhere, scales_negative, residuals_dropped, double, codes_replaced, bfloat16):
+            for t, optimizer in zip((task, other), optimizers, strict=True):
+                train(t, optimizer, range(2))
+                change(t, optimizer)
+            fresh = DiodeMix(other.parameters(), lr=1e-2, memory=memory)
+            fresh.load_state_dict(optimizers[1].state_dict())
+            optimizers[1] = fresh
+            for t, optimizer in zip((task, other), optimizers, strict=True):
+                train(t, optimizer, range(2))
+            assert bits_of([task, optimizers[0]]) == bits_of([other, optimizers[1]])
+
+    @pytest.mark.parametrize("memory", MEMORIES)
+    def test_a_gradient_in_another_order_of_memory_steps_as_its_values_do(self, memory: str) -> None:
+        weights = [PackedParameter(torch.linspace(-1, 1, 63).view(9, 7), w_bit=4) for _ in range(2)]
+        optimizers = [DiodeMix([weight], lr=0.1, memory=memory) for weight in weights]
+        for ordered in (True, False, False, True):
+            grad = torch.randn(9, 7)
+            weights[0].grad, weights[1].grad = grad, grad if ordered else grad.t().contiguous().t()
+            for optimizer in optimizers:
+                optimizer.step()
+            assert bits_of([weights[0], optimizers[0]]) == bits_of([weights[1], optimizers[1]])
+
+    def test_a_moment_that_does_not_fit_is_refused_whatever_was_prepared(self) -> None:
+        weight = nBitConvParameter(torch.randn(6, 5, 3, 3))
+        optimizer = DiodeMix([weight], memory="fp32")
+        for _ in range(2):
+            weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+        optimizer.state[weight]["exp_avg_l"] = torch.zeros(6, 5, 3, 2)
+        before = bits_of([weight, optimizer])
+        with pytest.raises(ValueError, match="exp_avg_l must have the gradient's shape"):
+            optimizer.step()
+        assert bits_of([weight, optimizer]) == before
 
     def test_a_plateau_schedule_works(self) -> None:
         task = Task()

@@ -10,7 +10,7 @@ from typing import Any
 from bitorch_engine.ops import triton
 from bitorch_engine.ops.cpu import bits, conv, float_conv, grad_weight, linear, quantize, update
 from bitorch_engine.ops.cpu.loading import LIBRARY, available_isas, cap_isa, current_isa, kernels, why_not_loaded
-from bitorch_engine.ops.library import Plan, implement, implement_plan, wanted_backend
+from bitorch_engine.ops.library import implement, implement_plan, wanted_backend
 
 __all__ = ["IMPLEMENTATIONS", "available_isas", "cap_isa", "current_isa", "kernels", "register", "why_not_loaded"]
 
@@ -38,12 +38,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 """One row per op that has kernels; feeds registration and the agreement tests."""
 
-PLANNERS: dict[str, Callable[..., Plan | None]] = {
+PLANNERS: dict[str, Callable[..., Any]] = {
     "conv": conv.plan,
     "conv_weight_only": float_conv.plan,
     "linear_weight_only": linear.plan,
+    "update_": update.prepare,
 }
-"""What makes plans of the ops that layers call in inference."""
+"""What makes plans of the ops that layers call in inference, and that optimizers call."""
 
 
 def register() -> None:
