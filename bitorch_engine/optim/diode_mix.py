@@ -122,12 +122,13 @@ class DiodeMix(torch.optim.Optimizer):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise NotImplementedError("step_in_backward steps before gradients are averaged over ranks; use step().")
 
-        def hook_for(group: dict[str, Any]) -> Callable[[Tensor], None]:
+        def hook_for(index: int) -> Callable[[Tensor], None]:
             @torch.no_grad()
             def hook(p: Tensor) -> None:
                 grad = p.grad
                 if grad is None:
                     return
+                group = self.param_groups[index]  # load_state_dict makes new ones
                 squares, finite = _look_at(group, p, grad)
                 if not bool(finite):
                     check_finite(grad)
@@ -137,8 +138,8 @@ class DiodeMix(torch.optim.Optimizer):
             return hook
 
         return [
-            p.register_post_accumulate_grad_hook(hook_for(group))
-            for group in self.param_groups
+            p.register_post_accumulate_grad_hook(hook_for(index))
+            for index, group in enumerate(self.param_groups)
             for p in group["params"]
             if p.requires_grad
         ]

@@ -664,6 +664,15 @@ class TestStepInBackward:
         (weight * 1.0).sum().backward()
         assert weight.codes.unique().tolist() == [-4]
 
+    def test_the_learning_rate_can_be_set_after_a_state_was_loaded(self) -> None:
+        weight = nBitConvParameter(torch.zeros(8, 8, 1, 1), w_bit=8, scale=1.0)
+        optimizer = DiodeMix([weight], lr=1.0)
+        optimizer.step_in_backward()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.param_groups[0]["lr"] = 3.0
+        (weight * 1.0).sum().backward()
+        assert weight.codes.unique().tolist() == [-3]
+
     def test_removed_handles_end_it(self) -> None:
         task = Task()
         optimizer = DiodeMix(task.parameters(), lr=1e-2)
