@@ -338,7 +338,8 @@ static void move_blocks(const StepRule& rule, const Blocks& blocks) {
 // What a block passes on to its second stage.
 struct alignas(64) Passing {
   int32_t noise[BLOCK];
-  float move[BLOCK];  // in units of 2**-23 levels
+  float move[BLOCK];  // in units of 2**-23 levels, times the root of the second moment where there is one
+  float root[BLOCK];
   Held first, second;
 };
 
@@ -358,7 +359,7 @@ ALWAYS_INLINE static inline void make_noise(Noise<S>& half_noise, uint32_t key, 
 
 // Hashes, roots and quotients take their time. The noise of a block is made a block before it is used, and levels and
 // codes are written a block after what they wait for was begun, so that nothing stands in the queue of the processor
-// meanwhile.
+// meanwhile. Roots are taken in one stage and quotients in the next, as both have one slow unit between them.
 template <class S, MomentKind first_kind, MomentKind second_kind>
 static void step_blocks(const StepRule& rule, const Blocks& blocks) {
   if constexpr (first_kind == NONE && second_kind == NONE) return move_blocks<S>(rule, blocks);
@@ -385,6 +386,9 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         move[k] = S::load(from.move + i + k * S::width);
+        if constexpr (second_kind != NONE) {
+          move[k] = S::div(move[k], S::add(S::load(from.root + i + k * S::width), least));
+        }
         noise[k] = S::load_int(from.noise + i + k * S::width);
       }
       move4<S>(levels + i, move, noise);
@@ -425,7 +429,7 @@ static void step_blocks(const StepRule& rule, const Blocks& blocks) {
         for (int k = 0; k < 4; ++k) v[k] = S::add(S::mul(v[k], beta2), S::mul(S::mul(g[k], g[k]), rest2));
         second.put4(i, v, noise);
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) move[k] = S::div(move[k], S::add(S::root(v[k]), least));
+        for (int k = 0; k < 4; ++k) S::store(now->root + i + k * S::width, S::root(v[k]));
       }
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) S::store(now->move + i + k * S::width, move[k]);
