@@ -228,9 +228,11 @@ def _convolution_backward(
     if need_weight:
         each = _in_each_dimension(weight.dim() - 2, *geometry)
         grad_weight = ops.conv_grad_weight_dense(grad, x, weight.shape, *each, ())
-    if need_x or need_bias:
+    if need_bias:  # with which torch would make the weight's gradient too
+        grad_bias = grad.sum([0, *range(2, grad.dim())])
+    if need_x:
         dense = weight.dequantize(channels_last=ops.is_channels_last(grad))
-        grad_x, _, grad_bias = func(grad, x, dense, bias_sizes, *geometry, [need_x, False, need_bias])
+        grad_x, _, _ = func(grad, x, dense, bias_sizes, *geometry, [True, False, False])
     return grad_x, grad_weight, grad_bias
 
 
