@@ -30,7 +30,7 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
         return handler(func, *args, **kwargs)
     if func.namespace == "c10d":
         return _communicate(packed_type, func, args, kwargs)
-    if func._schema.is_mutable:
+    if _is_mutable(func):
         return _mutate(packed_type, func, args, kwargs)
     if func is aten.convolution_backward.default and isinstance(args[2], packed_type) and args[0].is_cpu:
         return _convolution_backward(func, *args)
@@ -45,6 +45,12 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
     if recorded or not any(returned.alias_info for returned in func._schema.returns):
         return result  # autograd itself refuses to write through a view of a leaf that requires grad
     return tree_map(lambda out: FloatView(out) if type(out) is Tensor else out, result)
+
+
+@torch.compiler.assume_constant_result
+def _is_mutable(func: Any) -> bool:
+    """Whether an operator writes to an argument. torch.compile cannot look into schemas, from torch 2.14 on."""
+    return bool(func._schema.is_mutable)
 
 
 def _handles(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -110,7 +110,8 @@ class ActivationQuantizer(nn.Module):
         if self._ready and (self._agreed or not _may_agree()):
             return
         x, records = x.detach(), torch.is_grad_enabled()
-        if torch.compiler.is_exporting() or x.is_meta or type(x) is not Tensor:
+        # Not is_exporting(), which in torch 2.11 is true of all that is compiled.
+        if torch.compiler._is_exporting_flag or x.is_meta or type(x) is not Tensor:
             _set_(self.initial_scale, self.low, *_statistics(x), self.bits)  # whose values nobody sees: not ready yet
         elif torch.compiler.is_compiling():
             _prepare_when_run(x, self.initial_scale, self.low, self._number, records)

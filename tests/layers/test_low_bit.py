@@ -367,7 +367,7 @@ def test_integers_are_refused(name: str) -> None:
             layer(x.round().long())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_tracing_with_torch_jit_is_refused(name: str) -> None:
     layer, x = in_use(name)
     for record in (True, False):

@@ -137,6 +137,7 @@ def test_a_bias_of_short_floats_is_read_by_every_call(dtype: torch.dtype, mode: 
     assert plan(X, *layer) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_nothing_is_planned_where_something_listens() -> None:
     with torch.enable_grad():
         assert conv_plan() is None
