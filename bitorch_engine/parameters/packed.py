@@ -384,11 +384,29 @@ class PackedParameter(nn.Parameter):
         """Write float values with the scale there is where it holds them, as ``write_``; else, as ``quantize_``, with a
         new one for each output channel that it does not hold. What ``copy_`` does: a backup, or an average of earlier
         values, comes back on the old grid, and weights of another size are not clamped to it, or rounded to zeros."""
-        scale = kept_scale(self.to_rows(values.to(self.device)), self.channel_scale, self.format)
+        rows = self.to_rows(values.to(self.device))
+        scale = kept_scale(rows, self.channel_scale, self.format)
+        renewed = scale != self.channel_scale
         if scale is self.channel_scale:
             self.write_(values)
-        else:
+        elif bool(renewed.all()):
             self.quantize_(values, scale)
+        else:
+            codes = (self._row_codes() * self.channel_scale[:, None]).to(rows.dtype)
+            self.write_(self.from_rows(torch.where(renewed[:, None], codes, rows)))
+            self._quantize_channels_(renewed, rows[renewed], scale)
+
+    def _quantize_channels_(self, channels: Tensor, rows: Tensor, scale: Tensor) -> None:
+        """Quantize the channels of a mask, (R,), from their rows and with their ``scale``, (R,); others stay."""
+        form, residual = self.format, self.require_residual_()
+        levels = ops.load_levels(self.packed, residual, form, 0, self.numel()).view(self._rows_shape())
+        levels[channels] = to_levels(rows, scale[channels], form)
+        self.packed.copy_(ops.pack(levels.reshape(-1) >> form.hidden_bits, self.w_bit))
+        residual.copy_(_pack_residual(levels, form))
+        self.channel_scale.copy_(scale)
+        if self.scale_moments is not None:
+            self.scale_moments.masked_fill_(channels, 0.0)  # of gradients of another scale
+        self.count_version_()
 
     def multiply_channels_(self, factor: Tensor) -> None:
         """Multiply each output channel by a number, (R,), which may be negative or 0: the scales take it, exactly but
@@ -400,13 +418,13 @@ class PackedParameter(nn.Parameter):
     def on_grid(self, rows: Tensor) -> Tensor | None:
         """The indices, uint8 1-D, of (R, K) floats that are all values of codes; None where one is not.
 
-        A value may have been rounded to the parameter's dtype on its way.
+        Values may have been rounded to the parameter's dtype on their way.
         """
         form = self.format
         index = to_levels(rows, self.channel_scale, form) >> form.hidden_bits
         grid = (form.codes(index) * self.channel_scale[:, None]).to(rows.dtype)
-        exact = bool((grid == rows).all()) or bool((grid.to(self.dtype).to(rows.dtype) == rows).all())
-        return index.reshape(-1) if exact else None
+        exact = (grid == rows) | (grid.to(self.dtype).to(rows.dtype) == rows)
+        return index.reshape(-1) if bool(exact.all()) else None
 
     def level_values(self) -> Tensor:
         """The weight with its residual, (R, K) float32: what an in-place operator reads and moves."""

@@ -70,8 +70,7 @@ def kept_scale(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
         return scale
     fitting = fit_scale(rows, form)
     outgrown = doubtful & (_squared_error(rows, fitting, form) < 0.8 * lost)
-    # Negative ones come of folding; a weight that is quantized anew has none.
-    return torch.where(outgrown | (scale <= 0), fitting, scale) if bool(outgrown.any()) else scale
+    return torch.where(outgrown, fitting, scale) if bool(outgrown.any()) else scale
 
 
 def _squared_error(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
@@ -82,7 +81,7 @@ def _squared_error(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
 def to_levels(rows: Tensor, scale: Tensor, form: BitFormat) -> Tensor:
     """The level, 0 .. 255, nearest below each weight: uint8, (R, K). Its top bits are the nearest code.
 
-    rows: (R, K) float.  scale: (R,) positive.  Values beyond the outermost codes are clamped.
+    rows: (R, K) float.  scale: (R,), of any sign.  Values beyond the outermost codes are clamped.
     """
     index = (rows.to(torch.float32) / scale[:, None] - form.low) / form.step
     return ((index + 0.5) * (1 << form.hidden_bits)).floor().clamp(0, 255).to(torch.uint8)

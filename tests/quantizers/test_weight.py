@@ -72,6 +72,7 @@ def test_a_row_keeps_a_scale_that_leaves_half_of_the_bits_whatever_the_size_of_o
     holds = (lost <= 0.5**bits * rows.double().square().mean(1)) | (lost <= 1.25 * least)
     assert bool(holds[(factors >= 0.8) & (factors <= 1.2)].all()) and not bool(holds[factors != 1].all())
     assert torch.equal(kept_scale(rows, scale, form), torch.where(holds, scale, best))
+    assert torch.equal(kept_scale(rows, torch.where(holds, -scale, scale), form), torch.where(holds, -scale, best))
     assert torch.equal(kept_scale(torch.zeros(6, 40), torch.ones(6), form), torch.ones(6)) == (bits > 1)
     assert torch.equal(kept_scale(rows * torch.nan, scale, form), scale)
 
