@@ -174,9 +174,15 @@ class LowBitLayer(nn.Module):
         super().__setattr__(name, value)
         if name == "activation":  # a_bit is read before every call, and a property takes longer
             self.__dict__["a_bit"] = None if value is None else value.bits
-        if name == "weight" and isinstance(value, PackedParameter):
-            self.__dict__["_last_w_bit"] = value.w_bit
         _forget_plans(self)  # they know the attributes
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What every assignment of a parameter ends in: the bits of a packed weight are known after it is gone."""
+        if name == "weight":
+            for weight in (self._parameters.get("weight"), param):
+                if isinstance(weight, PackedParameter):
+                    self.__dict__["_last_w_bit"] = weight.w_bit
+        super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         if name == "activation":

@@ -468,6 +468,17 @@ def test_bits_are_those_of_the_weight_that_is_there(name: str, assign: bool) -> 
     assert layer.w_bit == 2  # what it is quantized to again
 
 
+def test_a_float_weight_has_the_bits_of_the_one_it_replaces_however_that_came() -> None:
+    layer = be.nBitLinear(4, 6, w_bit=5)
+    for bits, put in (
+        (2, lambda packed: layer.register_parameter("weight", packed)),
+        (3, lambda packed: layer._parameters.update(weight=packed)),
+    ):
+        put(be.nBitLinearParameter(torch.randn(6, 4), w_bit=bits))
+        layer.weight = nn.Parameter(torch.randn(6, 4))
+        assert layer.w_bit == bits
+
+
 @pytest.mark.parametrize("bits", ["w_bit", "a_bit"])
 def test_bits_of_what_is_there_cannot_be_set(bits: str) -> None:
     layer, x = in_use("linear, 8-bit input")
