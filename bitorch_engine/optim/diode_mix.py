@@ -117,32 +117,34 @@ class DiodeMix(torch.optim.Optimizer):
         Gradients of one layer at a time exist then. ``step()`` finds nothing left to do. Not for gradient accumulation,
         clipping by the norm of all gradients, GradScaler, or several ranks, which all need the gradients together; and
         a gradient that is not finite raises when the layers after it have stepped already. Learning rates are those at
-        the time of backward. Returns handles whose ``remove()`` ends it.
+        the time of backward. A parameter that is in no group any more keeps its gradient. Returns handles whose
+        ``remove()`` ends it.
         """
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise NotImplementedError("step_in_backward steps before gradients are averaged over ranks; use step().")
 
-        def hook_for(index: int) -> Callable[[Tensor], None]:
-            @torch.no_grad()
-            def hook(p: Tensor) -> None:
-                grad = p.grad
-                if grad is None:
-                    return
-                group = self.param_groups[index]  # load_state_dict makes new ones
-                squares, finite = _look_at(group, p, grad)
-                if not bool(finite):
-                    check_finite(grad)
-                self._step_group(group, [(p, grad, squares)])
-                p.grad = None
-
-            return hook
+        @torch.no_grad()
+        def hook(p: Tensor) -> None:
+            grad, group = p.grad, self._group_of(p)
+            if grad is None or group is None:
+                return
+            _check_group(group)
+            squares, finite = _look_at(group, p, grad)
+            if not bool(finite):
+                check_finite(grad)
+            self._step_group(group, [(p, grad, squares)])
+            p.grad = None
 
         return [
-            p.register_post_accumulate_grad_hook(hook_for(index))
-            for index, group in enumerate(self.param_groups)
+            p.register_post_accumulate_grad_hook(hook)
+            for group in self.param_groups
             for p in group["params"]
             if p.requires_grad
         ]
+
+    def _group_of(self, p: Tensor) -> dict[str, Any] | None:
+        """Looked for each time: load_state_dict makes new groups, and others may be taken out."""
+        return next((group for group in self.param_groups if id(p) in map(id, group["params"])), None)
 
     def _step_group(self, group: dict[str, Any], work: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
         """work: parameters of the group, their gradients, and what ``_look_at`` gave for those."""

@@ -673,6 +673,16 @@ class TestStepInBackward:
         (weight * 1.0).sum().backward()
         assert weight.codes.unique().tolist() == [-3]
 
+    def test_groups_that_are_taken_out_and_reordered_keep_their_rates(self) -> None:
+        weights = [nBitConvParameter(torch.zeros(8, 8, 1, 1), w_bit=8, scale=1.0) for _ in range(3)]
+        optimizer = DiodeMix([{"params": [w], "lr": lr} for w, lr in zip(weights, (1.0, 2.0, 4.0), strict=True)])
+        optimizer.step_in_backward()
+        optimizer.param_groups.pop(0)
+        optimizer.param_groups.reverse()
+        sum((w * 1.0).sum() for w in weights).backward()
+        assert [w.codes.unique().tolist() for w in weights] == [[0], [-2], [-4]]
+        assert [w.grad is None for w in weights] == [False, True, True]
+
     def test_removed_handles_end_it(self) -> None:
         task = Task()
         optimizer = DiodeMix(task.parameters(), lr=1e-2)
@@ -787,6 +797,17 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": task.head.parameters(), **settings})
         assert len(optimizer.param_groups) == 1
+        self.assert_refused_in_backward(settings, message)
+
+    def assert_refused_in_backward(self, settings: dict[str, Any], message: str) -> None:
+        task = Task()
+        optimizer = DiodeMix(task.parameters())
+        optimizer.step_in_backward()
+        optimizer.param_groups[0].update(settings)
+        before = bits_of([task, optimizer])
+        with pytest.raises((ValueError, TypeError), match=message):
+            task.loss().backward()
+        assert bits_of([task, optimizer]) == before
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -808,6 +829,7 @@ class TestErrors:
         with pytest.raises((ValueError, TypeError), match=message):
             DiodeMix([{"params": task.head.parameters()}, {"params": task.packed, **settings}]).step()
         assert bits_of(task) == before
+        self.assert_refused_in_backward(settings, message)
 
     def test_a_learning_rate_that_is_set_to_nan_later_moves_nothing(self) -> None:
         task = Task()
