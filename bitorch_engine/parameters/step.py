@@ -197,10 +197,12 @@ def prepare_(
     weight: "PackedParameter", grad: Tensor, exp_avg_s: Tensor | None, exp_avg_l: Tensor | None, dtype: torch.dtype
 ) -> ops.PreparedUpdate | None:
     """The step of a weight by unprojected gradients, prepared; None where there is none."""
-    if weight.transposed_groups or dtype == torch.float64:
+    if weight.transposed_groups or dtype == torch.float64 or not ops.is_plain(grad):
         return None
     residual = weight.require_residual_()
-    tensors = (weight.packed, residual, weight.channel_scale, weight.to_rows(grad), exp_avg_s, exp_avg_l)
+    # What is looked at is the kind of the gradient: its own rows would be a copy, where it is channels-last.
+    rows = weight.to_rows(grad.new_empty(()).expand(grad.shape))
+    tensors = (weight.packed, residual, weight.channel_scale, rows, exp_avg_s, exp_avg_l)
     return ops.prepare_update(*tensors, weight.w_bit, torch.float32)
 
 

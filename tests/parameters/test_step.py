@@ -7,16 +7,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitorch_engine import nBitConv2d, nBitConvParameter
 from bitorch_engine.bits import unpack
 from bitorch_engine.ops import new_moment
 from bitorch_engine.optim import GaLoreProjector
+from bitorch_engine.parameters.step import prepare_
 
+aten = torch.ops.aten
 WIDTHS = range(1, 9)
 MEMORIES = ["fp32", "bf16", "fp16", "8bit", "channel", "channel and fp32", "no first", "none"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "8bit": torch.uint8}
 update = nBitConvParameter.update
+
+
+class Operators(TorchDispatchMode):
+    """Notes what torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 def moments(weight: nBitConvParameter, memory: str) -> dict[str, Tensor | None]:
@@ -350,6 +365,15 @@ class TestArguments:
         update(dense, **moments(dense, "fp32"), lr=0.01, grad=grad)
         update(strided, **moments(strided, "fp32"), lr=0.01, grad=grad.to(memory_format=torch.channels_last))
         assert torch.equal(levels(dense), levels(strided))
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_no_gradient_is_copied_to_ask_whether_its_steps_can_be_prepared(self, device: str) -> None:
+        weight = nBitConvParameter(torch.randn(4, 6, 3, 3))
+        weight.require_residual_()
+        grad = torch.empty(4, 6, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+        with Operators() as seen:
+            prepare_(weight, grad, None, None, torch.float32)
+        assert not {aten.clone.default, aten.copy_.default, aten._to_copy.default} & set(seen.operators)
 
     def test_dtype_float64_computes_in_float64(self) -> None:
         # in float32, 1 - 1e-9 is 1, and the moment would stay at 0
