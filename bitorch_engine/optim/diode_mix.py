@@ -176,7 +176,7 @@ class DiodeMix(torch.optim.Optimizer):
     ) -> None:
         """Step one parameter by itself. squares: what ``_look_at`` gave for its gradient."""
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32)
             if "rank" in group and p.dim() >= 2:
                 state["projector"] = GaLoreProjector(group["rank"], **_galore_options(group))
         projector = state.get("projector")
@@ -267,7 +267,7 @@ def _step_together(
         return
     for p, grad, state in work:
         if not state:
-            state |= {"step": torch.zeros(())} | _new_moments(p, grad, group["memory"])
+            state |= {"step": torch.zeros((), dtype=torch.float32)} | _new_moments(p, grad, group["memory"])
     adamw(
         [p for p, _, _ in work],
         [grad for _, grad, _ in work],
@@ -292,7 +292,8 @@ def _new_moments(p: Tensor, grad: Tensor, memory: str) -> dict[str, Tensor]:
     if memory == "channel" and isinstance(p, PackedParameter):
         return {"exp_avg_s": torch.zeros_like(p.channel_scale)}
     if _is_channel_matrix(p, memory):
-        return {"exp_avg_s": torch.zeros(p.shape[0], *[1] * (p.dim() - 1), device=p.device)}
+        shape = p.shape[0], *[1] * (p.dim() - 1)
+        return {"exp_avg_s": torch.zeros(shape, dtype=torch.float32, device=p.device)}
     dtype = _MOMENT_DTYPES[memory] if isinstance(p, PackedParameter) else torch.float32
     return {name: ops.new_moment(grad.shape, dtype, grad.device) for name in ("exp_avg_s", "exp_avg_l")}
 

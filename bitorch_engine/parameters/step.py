@@ -327,7 +327,7 @@ def _grad_factor(weight: "PackedParameter", grad: Tensor, *moments: Tensor | Non
     if not any(moment is not None and moment.dtype == torch.float16 for moment in moments):
         return 1.0
     held = [moment if moment is not None and moment.dtype == torch.float16 else None for moment in moments]
-    rms = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) / math.sqrt(grad.numel())
+    rms = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) / math.sqrt(max(1, grad.numel()))
     rms = min(rms, _LARGEST)  # the sum of squares may be beyond float32
     if rms > 0:
         fitting = min(100, -round(math.log2(rms)))
@@ -358,7 +358,7 @@ def _scale_factor_(weight: "PackedParameter", grad_rows: Tensor, lr: float, coun
     rows = weight.to_rows(weight.codes)
     grad = ops.tree_sum(grad_rows.to(torch.float32) * rows) * weight.channel_scale.sign()
     if weight.scale_moments is None:
-        weight.scale_moments = torch.zeros(2, grad.numel(), device=grad.device)
+        weight.scale_moments = torch.zeros(2, grad.numel(), dtype=torch.float32, device=grad.device)
     (m, v), (beta1, beta2) = weight.scale_moments, _SCALE_BETAS
     m.copy_(m * beta1 + grad * (1 - beta1))
     v.copy_(v * beta2 + grad * grad * (1 - beta2))

@@ -857,6 +857,38 @@ class TestErrors:
             DiodeMix([])
 
 
+@pytest.fixture
+def bfloat16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("bfloat16_by_default")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_counters_and_moments_of_channels_are_float32_whatever_the_default(memory: str) -> None:
+    weight = nBitConvParameter(torch.randn(4, 3, dtype=torch.float32), learn_scale=True)
+    others = [nn.Parameter(torch.randn(64, 64, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    optimizer = DiodeMix([weight, *others], memory=memory)
+    for _ in range(300):
+        for p in (weight, *others):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in (weight, *others)] == [300.0] * 3
+    assert weight.scale_moments is not None and weight.scale_moments.dtype == torch.float32
+    assert all(optimizer.state[p]["exp_avg_s"].dtype == torch.float32 for p in others)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
+def test_a_weight_of_no_elements_is_stepped(shape: tuple[int, int], memory: str) -> None:
+    weight = nBitConvParameter(torch.zeros(shape))
+    weight.grad = torch.zeros(shape)
+    optimizer = DiodeMix([weight], memory=memory)
+    optimizer.step()
+    assert float(optimizer.state[weight]["step"]) == 1
+
+
 def test_betas_that_are_not_two_are_refused() -> None:
     with pytest.raises(ValueError, match=r"betas must be two numbers, \(beta1, beta2\), got \(0.9,\)"):
         DiodeMix([nBitConvParameter(torch.randn(4, 3))], betas=(0.9,))  # type: ignore[arg-type]
