@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 def end_command_line(error: Exception) -> None:
     """Show an error of importing ``bitorch_engine``, which comes before any command, and end the process with exit code
     2; where the process is not the command line, do nothing."""
-    program = Path(sys.argv[0]).name
+    program = Path(*sys.argv[:1]).name
     as_module = program == "-m" and "bitorch_engine.cli" in sys.orig_argv
     if as_module or re.fullmatch(r"bitorch-engine(\.exe|-script\.pyw?)?", program):
         print(f"Error: {error}", file=sys.stderr)

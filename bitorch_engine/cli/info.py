@@ -104,7 +104,11 @@ def _instruction_set() -> str:
 def _calls() -> str:
     if not _in_use():
         return "Python"
-    return "compiled" if calls.CALLS else "Python, 2 us slower each: there were no Python headers to compile them with"
+    return (
+        "compiled"
+        if calls.CALLS
+        else "Python, 2 us slower each: compiled without Python's headers, or for another Python"
+    )
 
 
 def _used(isas: list[str]) -> str:

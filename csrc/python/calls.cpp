@@ -47,7 +47,7 @@ class Name {
 };
 
 // What `use` is given.
-PyObject *listeners, *data_ptr, *is_contiguous, *empty_strided, *float32, *get_threads, *get_isa;
+PyObject *listeners, *data_ptr, *numel, *is_contiguous, *empty_strided, *float32, *get_threads, *get_isa;
 
 bool answer(int yes) {
   if (yes < 0) throw Failed();
@@ -107,6 +107,7 @@ enum Fact {
   PACKED_PLACE,
   SCALE_PLACE,
   BIAS_PLACE,
+  BIAS_SIZE,
   THREADS,
   ISA,
   SHAPE,
@@ -127,8 +128,9 @@ bool holds(PyObject* facts, PyObject* const* now) {
       !is_at(scale, fact(SCALE_PLACE)) || !tells(is_contiguous, scale) || !equal(call(get_threads), fact(THREADS)) ||
       !equal(call(get_isa), fact(ISA)))
     return false;
-  return bias == Py_None || (is_at(bias, fact(BIAS_PLACE)) && tells(is_contiguous, bias) &&
-                             Owned(PyObject_GetAttr(bias, DTYPE_NAME)) == float32);
+  return bias == Py_None ||
+         (is_at(bias, fact(BIAS_PLACE)) && equal(call(numel, bias), fact(BIAS_SIZE)) && tells(is_contiguous, bias) &&
+          Owned(PyObject_GetAttr(bias, DTYPE_NAME)) == float32);
 }
 
 // Its second half.
@@ -220,8 +222,8 @@ PyObject* bind(PyObject*, PyObject* facts) {
 }
 
 PyObject* use(PyObject*, PyObject* objects) {
-  if (!PyArg_ParseTuple(objects, "OOOOOOO", &listeners, &data_ptr, &is_contiguous, &empty_strided, &float32,
-                        &get_threads, &get_isa))
+  if (!PyArg_ParseTuple(objects, "OOOOOOOO", &listeners, &data_ptr, &numel, &is_contiguous, &empty_strided,
+                        &float32, &get_threads, &get_isa))
     return nullptr;
   Py_INCREF(objects);
   return Py_NewRef(Py_None);
@@ -229,7 +231,7 @@ PyObject* use(PyObject*, PyObject* objects) {
 
 PyMethodDef methods[] = {
     {"use", use, METH_VARARGS,
-     "Set what all calls ask: functions that tell whether someone listens, Tensor.data_ptr, Tensor.is_contiguous, an "
+     "Set what all calls ask: functions that tell whether someone listens, Tensor.data_ptr, numel, is_contiguous, an "
      "empty_strided for the CPU, torch.float32, what tells the number of threads, and the instruction set."},
     {"bind", bind, METH_O, "ops/cpu/plans.py's _run of a tuple of facts."},
     {"planned", fast(planned_method), METH_FASTCALL, "LowBitLayer.planned of a layer's __dict__, x, output_padding."},

@@ -36,7 +36,7 @@ BE_EXPORT void be_dequantize(const uint8_t* packed, int64_t rows, int64_t channe
   });
 }
 
-// All that a call of be_dequantize reads; ops/cpu/float_conv.py has the same fields.
+// All that a call of be_dequantize reads; ops/cpu/quantize.py has the same fields.
 struct PlannedDequantize {
   const uint8_t* packed;
   const float* scale;

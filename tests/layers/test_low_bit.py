@@ -447,6 +447,34 @@ def test_a_bias_that_becomes_one_number_for_all_is_no_longer_planned() -> None:
     check(layer, x)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_bias_of_another_length_is_not_read_beyond_its_end(name: str) -> None:
+    layer, x = in_use(name)
+    layer.bias.data = layer.bias.data[:4]  # at the same place
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                layer(x)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, 8-bit input"])
+def test_one_bias_for_all_outputs_is_added_to_all(name: str) -> None:
+    layer, x = in_use(name)
+    layer.bias = nn.Parameter(torch.full((1,), 0.5))
+    check(layer, x)
+
+
+@pytest.mark.parametrize("a_bit", [None, 8])
+@pytest.mark.parametrize("kind", [be.nBitConv2d, be.nBitConvTranspose2d])
+def test_a_padding_that_is_set_anew_is_used_with_and_without_gradients(kind: Any, a_bit: int | None) -> None:
+    layer, x = kind(12, 8, 3, a_bit=a_bit), IMAGE
+    check(layer, x)
+    twin = {be.nBitConv2d: nn.Conv2d, be.nBitConvTranspose2d: nn.ConvTranspose2d}[kind](12, 8, 3, padding=(2, 1))
+    layer.padding = (2, 1)
+    check(layer, x)
+    assert layer(x).shape == twin(x).shape
+
+
 @pytest.mark.parametrize("name", ["conv", "depthwise", "transposed", "linear, 8-bit input", "linear"])
 @pytest.mark.parametrize("assign", [False, True], ids=["tied", "loaded"])
 def test_bits_are_those_of_the_weight_that_is_there(name: str, assign: bool) -> None:

@@ -14,7 +14,7 @@ from bitorch_engine.ops.cpu.arranged import arranged
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable, is_narrow
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, function, threads
-from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, is_short, make_plan, planned, with_short_bias
+from bitorch_engine.ops.cpu.plans import PlannedConv, can_plan, fits, is_short, make_plan, planned, with_short_bias
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import quantized_conv as reference
 from bitorch_engine.ops.reference.conv import Convolution
@@ -213,7 +213,7 @@ def conv(
 ) -> Tensor:
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
-    if not _read_as_float32(scale, low, channel_scale):
+    if not _read_as_float32(scale, low, channel_scale) or not fits(bias, channel_scale.numel()):
         return reference.conv(x, scale, low, a_bit, packed, channel_scale, w_bit, bias, weight_shape, *fields)
     suits = binary.suits if a_bit == 1 else binary.suits_pairs
     if a_bit == w_bit <= 2 and suits(x.shape, a_bit, w_bit, weight_shape, *fields):
@@ -258,7 +258,7 @@ def plan(
     if is_short(bias):
         head = (x, scale, low, a_bit, packed, channel_scale, w_bit)
         return with_short_bias(lambda copy: plan(sources, *head, copy, weight_shape, *fields), bias)
-    if not can_plan(sources, packed, scale, low, channel_scale, bias):
+    if not can_plan(sources, packed, channel_scale, bias, scale, low):
         return None
     layer = (sources, packed, channel_scale, bias)
     suits = binary.suits if a_bit == 1 else binary.suits_pairs

@@ -13,7 +13,7 @@ from bitorch_engine.ops.cpu import linear
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.geometry import Geometry, geometry, hashable
 from bitorch_engine.ops.cpu.loading import current_isa, threads
-from bitorch_engine.ops.cpu.plans import can_plan, is_short, make_plan, planned, with_short_bias
+from bitorch_engine.ops.cpu.plans import can_plan, fits, is_short, make_plan, planned, with_short_bias
 from bitorch_engine.ops.cpu.quantize import dequantize, plan_dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import float_conv as reference
@@ -108,7 +108,7 @@ def conv_weight_only(
     *fields: Any,
 ) -> Tensor:
     c = Convolution(*fields)
-    if c.transposed:
+    if c.transposed or not fits(bias, channel_scale.numel()):
         return reference.conv_weight_only(x, packed, channel_scale, bits, bias, weight_shape, *fields)
     packed = dense(packed, math.prod(weight_shape), bits)
     found = _suited(x, bias, weight_shape, fields)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitorch_engine.bits import check_packed
 from bitorch_engine.ops.cpu.bits import dense
 from bitorch_engine.ops.cpu.loading import DTYPES, INT, INT64, POINTER, current_isa, function, threads
-from bitorch_engine.ops.cpu.plans import Watch, can_plan, is_short, make_plan, planned, with_short_bias
+from bitorch_engine.ops.cpu.plans import Watch, can_plan, fits, is_short, make_plan, planned, with_short_bias
 from bitorch_engine.ops.cpu.quantize import dequantize, plan_dequantize
 from bitorch_engine.ops.library import Plan
 from bitorch_engine.ops.reference import linear as reference
@@ -117,7 +117,7 @@ def linear_weight_only(
     rows = channel_scale.shape[0] if group_size else channel_scale.numel()
     packed = dense(packed, rows * columns, bits)
     few = x.numel() // max(1, columns)
-    if x.numel() == 0 or rows == 0 or x.shape[-1] != columns:
+    if x.numel() == 0 or rows == 0 or x.shape[-1] != columns or not fits(bias, rows):
         return reference.linear_weight_only(x, packed, channel_scale, bits, bias, columns, group_size)
     scale, group = _in_powers(channel_scale, columns, group_size)
     if x.dtype is torch.float32 and group == 0:

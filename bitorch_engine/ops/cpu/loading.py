@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ _OTHER = os.environ.get("BITORCH_ENGINE_LIBRARY")
 _PATH = Path(_OTHER) if _OTHER else Path(__file__).with_name(f"libbitorch_engine_cpu{_SUFFIX}")
 
 
+def _changed_since(library: Path, sources: Path) -> Path | None:
+    """A source of the library that is newer, as after ``git pull``; None where there is none, or no sources."""
+    compiled = library.stat().st_mtime
+    folders = (p for p in sources.glob("*") if p.name not in ("emulation", "python", "tests"))
+    return next((p for folder in folders for p in folder.glob("*.*") if p.stat().st_mtime > compiled), None)
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not _PATH.exists():
         if _OTHER:
@@ -27,6 +35,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             "the installation did not compile them (a C++17 compiler is needed: then `pip install` again, or "
             "`make kernels` in the source tree)."
         )
+    if not _OTHER and (changed := _changed_since(_PATH, Path(__file__).parents[3] / "csrc")):
+        message = f"{changed} is newer than the compiled kernels, which may be wrong now: run `make kernels`."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     try:
         return ctypes.CDLL(str(_PATH)), ""
     except OSError as error:

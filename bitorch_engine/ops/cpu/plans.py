@@ -52,7 +52,9 @@ class _Planned(ctypes.Structure):
     )
 
 
-def can_plan(sources: Sequence[Tensor] | None, packed: Tensor, *others: Tensor | None) -> bool:
+def can_plan(
+    sources: Sequence[Tensor] | None, packed: Tensor, channel_scale: Tensor, bias: Tensor | None, *others: Tensor
+) -> bool:
     """Whether a plan sees it when one of a layer's tensors changes, and a kernel reads them where they are.
 
     Those of ``torch.inference_mode`` count no versions, and other processes write to shared ones unseen. So does
@@ -62,8 +64,15 @@ def can_plan(sources: Sequence[Tensor] | None, packed: Tensor, *others: Tensor |
         return False
     if sources is not None and not all(is_plain(t) and t.numel() == 1 for t in sources):
         return False
-    tensors = (t for t in others if t is not None)
+    if not fits(bias, channel_scale.numel()):
+        return False
+    tensors = (t for t in (channel_scale, bias, *others) if t is not None)
     return all(is_plain(t) and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def fits(bias: Tensor | None, channels: int) -> bool:
+    """Whether there is one bias a channel, as kernels read them; torch takes others, or says what is wrong."""
+    return bias is None or bias.shape == (channels,)
 
 
 def make_plan(
@@ -96,6 +105,7 @@ def make_plan(
         packed_place=packed.data_ptr(),
         scale_place=channel_scale.data_ptr(),
         bias_place=None if bias is None else bias.data_ptr(),
+        bias_size=None if bias is None else bias.numel(),
         threads=threads(),
         isa=current_isa(),
         shape=tuple(shape),
@@ -120,6 +130,7 @@ class _Facts(NamedTuple):
     packed_place: int
     scale_place: int
     bias_place: int | None
+    bias_size: int | None
     threads: int
     isa: str
     shape: tuple[int, ...]
@@ -152,7 +163,10 @@ def _run(
     ):
         return None
     if bias is not None and (
-        bias.data_ptr() != facts.bias_place or bias.dtype is not torch.float32 or not bias.is_contiguous()
+        bias.data_ptr() != facts.bias_place
+        or bias.numel() != facts.bias_size
+        or bias.dtype is not torch.float32
+        or not bias.is_contiguous()
     ):
         return None
     y = _empty_strided(facts.shape, facts.strides, facts.dtype)
@@ -162,8 +176,14 @@ def _run(
 
 
 if calls.CALLS is not None:
-    answers = Tensor.data_ptr, Tensor.is_contiguous, _empty_strided, torch.float32, torch.get_num_threads, current_isa
-    calls.CALLS.use(LISTENERS, *answers)
+    of_tensors = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+    try:
+        calls.CALLS.use(LISTENERS, *of_tensors, _empty_strided, torch.float32, torch.get_num_threads, current_isa)
+    except TypeError:
+        raise RuntimeError(
+            f"{calls.CALLS.__file__} was compiled from other sources. Compile it again: `make kernels` in the source "
+            "tree, or `pip install`."
+        ) from None
 
 
 def is_short(bias: Tensor | None) -> TypeGuard[Tensor]:

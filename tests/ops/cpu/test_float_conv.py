@@ -118,8 +118,9 @@ def test_any_geometry(isa: str, c: Case) -> None:
         assert c.has_kernel() or math.prod(c.x.shape[2:]) == 1
         found = c.found()
     assert_near(c, found)
-    # torch's own are in one or the other order in three dimensions, as they are large or small.
-    assert found.dim() == 5 or order(found) == order(c.by_torch())
+    # torch's own are in one or the other order in three dimensions, as they are large or small. In float32 torch 2.13
+    # reads beyond few channels in channels last, dilated and padded by more than there is.
+    assert found.dim() == 5 or order(found) == order(c.by_torch(torch.float64))
 
 
 LAYERS = {

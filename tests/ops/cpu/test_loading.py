@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitorch_engine.ops import cpu
+from bitorch_engine.ops.cpu import loading
 
 ROOT = Path(__file__).resolve().parents[3]
 compiled = pytest.mark.skipif(not cpu.available_isas(), reason="the kernels are not compiled")
@@ -114,3 +115,17 @@ def test_a_cap_holds_for_its_block_only() -> None:
 def test_every_kernel_is_written_for_scalar_first() -> None:
     assert cpu.kernels()
     assert all(isas[0] == "scalar" for isas in cpu.kernels().values())
+
+
+def test_sources_that_are_newer_than_the_library_are_named(tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    files = {name: sources / name / "file.cpp" for name in ("linear", "tests")}
+    library = tmp_path / "library.so"
+    assert loading._changed_since(Path(__file__), sources) is None  # an installation has none
+    for seconds, path in enumerate((files["linear"], library, files["tests"])):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert loading._changed_since(library, sources) is None  # tests are no part of it
+    os.utime(files["linear"], (2, 2))
+    assert loading._changed_since(library, sources) == files["linear"]

@@ -71,6 +71,9 @@ class nBitConv(LowBitLayer, nn.modules.conv._ConvNd):
 
     def _padding_and_pad(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Zeros on both sides, and those of ``F.pad`` where the sides differ."""
+        if not isinstance(self.padding, str):  # where the padding is set anew, torch's convolutions take that
+            given: tuple[int, ...] | int = self.padding
+            return (given,) * len(self.kernel_size) if isinstance(given, int) else tuple(given), ()
         padding = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first
         left = padding[-2::-2]
         return (tuple(left), ()) if left == padding[::-2] else ((0,) * len(left), tuple(padding))
