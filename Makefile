@@ -8,6 +8,8 @@ ARGS ?=
 # TORCH_INDEX at PyTorch's index of those: make demo TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# tests/ops/triton looks at the machine code of this one. torch for CUDA asks for its own, and keeps it.
+TRITON ?= triton==3.6.*
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -27,6 +29,7 @@ test: kernels  ## run the tests; ARGS="-k packing" narrows them, WORKERS=8 uses 
 	@$(SINGLE) $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 kernels: $(READY)  ## compile csrc/ into the source tree, what has changed of it
+	@test -e build/kernels/build.ninja || echo "Compiling the kernels (a minute or two)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'cmake -S . -B build/kernels -G Ninja >build/kernels.log 2>&1 && cmake --build build/kernels >>build/kernels.log 2>&1' \
 		|| { if grep -q "CMAKE_CXX_COMPILER" build/kernels.log; then echo "No C++ compiler: everything runs in plain PyTorch."; else cat build/kernels.log; exit 1; fi; }
 
@@ -65,9 +68,12 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else f"python3 is {v}, 3.10 or later is needed: make PYTHON=python3.12")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
 	@echo "Installing $(TORCH) (a large download the first time)"
+	@$(BIN)/python -m pip install -qq 'pip>=23.1' # older ones, as Ubuntu 22.04's, do not hand on --config-settings
 	@$(BIN)/python -m pip install -qq --no-deps $(TORCH) $(TORCH_INDEX)
 	@echo "Installing bitorch_engine and its tools"
-	@$(BIN)/python -m pip install -qq -Cwheel.cmake=false -e '.[dev]'
+	@$(BIN)/python -c 'from importlib.metadata import requires; exit(any(r.startswith("triton") for r in requires("torch")))' \
+		&& test "$$(uname -s)" = Linux && $(BIN)/python -m pip install -qq '$(TRITON)' || true
+	@$(BIN)/python -m pip install -qq --config-settings=wheel.cmake=false -e '.[dev]'
 	@# The source tree is found by its path alone. The import hook that comes with it would hide a tree named by PYTHONPATH.
 	@sed -i.hook '/^import _editable_skbc/d' .venv/lib/python3*/site-packages/_editable_skbc_*.pth
 	@mkdir -p build

@@ -117,7 +117,15 @@ class StoredModel:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of torch.compile and of data parallelism, which put prefixes before all names."""
+    """The model without the wrappers of torch.compile and of data parallelism, which put prefixes before all names.
+
+    Raises TypeError for what is no model: some functions have the path first, as others have the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}: save(model, path), load(model, path), "
+            "save_training(path, model, optimizer), load_training(path, model, optimizer)."
+        )
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
