@@ -47,10 +47,13 @@ def dispatch(packed_type: type["PackedParameter"], func: Any, args: tuple[Any, .
     return tree_map(lambda out: FloatView(out) if type(out) is Tensor else out, result)
 
 
-@torch.compiler.assume_constant_result
 def _is_mutable(func: Any) -> bool:
     """Whether an operator writes to an argument. torch.compile cannot look into schemas, from torch 2.14 on."""
     return bool(func._schema.is_mutable)
+
+
+# What torch.compiler.assume_constant_result does, but that loads all of the compiler, and Triton.
+_is_mutable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _handles(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
