@@ -386,10 +386,11 @@ class PackedParameter(nn.Parameter):
         values, comes back on the old grid, and weights of another size are not clamped to it, or rounded to zeros."""
         rows = self.to_rows(values.to(self.device))
         scale = kept_scale(rows, self.channel_scale, self.format)
-        renewed = scale != self.channel_scale
         if scale is self.channel_scale:
             self.write_(values)
-        elif bool(renewed.all()):
+            return
+        renewed = scale != self.channel_scale
+        if bool(renewed.all()):
             self.quantize_(values, scale)
         else:
             codes = (self._row_codes() * self.channel_scale[:, None]).to(rows.dtype)

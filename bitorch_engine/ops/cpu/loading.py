@@ -54,6 +54,14 @@ def why_not_loaded() -> str:
     return _WHY_NOT
 
 
+def of_other_sources(what: str) -> RuntimeError:
+    """The error for something compiled that does not have what is called here."""
+    return RuntimeError(
+        f"{what} was compiled from other sources. Compile it again: `make kernels` in the source tree, or "
+        "`pip install`."
+    )
+
+
 def function(name: str, *argument_types: Any, result: Any = None) -> Any:
     """A function of the library; where that is not loaded, one that must not be called."""
     if LIBRARY is None:
@@ -61,10 +69,7 @@ def function(name: str, *argument_types: Any, result: Any = None) -> Any:
     try:
         found = getattr(LIBRARY, name)
     except AttributeError:
-        raise RuntimeError(
-            f"{_PATH} has no {name}: it was compiled from other sources. Compile it again: `make kernels` in the "
-            "source tree, or `pip install`."
-        ) from None
+        raise of_other_sources(f"{_PATH} has no {name}: it") from None
     found.argtypes, found.restype = argument_types, result
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitorch_engine.ops import calls
-from bitorch_engine.ops.cpu.loading import INT, POINTER, current_isa, function, threads
+from bitorch_engine.ops.cpu.loading import INT, POINTER, current_isa, function, of_other_sources, threads
 from bitorch_engine.ops.library import LISTENERS, Plan, is_plain
 
 
@@ -180,10 +180,7 @@ if calls.CALLS is not None:
     try:
         calls.CALLS.use(LISTENERS, *of_tensors, _empty_strided, torch.float32, torch.get_num_threads, current_isa)
     except TypeError:
-        raise RuntimeError(
-            f"{calls.CALLS.__file__} was compiled from other sources. Compile it again: `make kernels` in the source "
-            "tree, or `pip install`."
-        ) from None
+        raise of_other_sources(calls.CALLS.__file__) from None
 
 
 def is_short(bias: Tensor | None) -> TypeGuard[Tensor]:

@@ -109,7 +109,7 @@ class _ForwardTransposed(nBitConv):
     """Forward of the three transposed convolutions."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        spatial, padding = len(self.kernel_size), tuple(int(p) for p in self.padding)
+        spatial, (padding, _) = len(self.kernel_size), self._padding_and_pad()
         output_padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
         )
